@@ -278,7 +278,7 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
             clips = read_clips(csv_paths[0], settings.max_samples)
             # Some copies nest a folder in one of the same name: take the one with the clips.
             names = clips["fname"].head(100)
-            holds = [sum((folder / name).exists() for name in names) for folder in folders]
+            holds = [sum(os.path.exists(folder / name) for name in names) for folder in folders]
             return Dataset(stem, csv_paths[0], folders[int(np.argmax(holds))], clips)
     looked = "\n".join(
         f"  {name} and {'/ or '.join(folders)}/" for name, folders in layouts.items()
@@ -872,9 +872,13 @@ class Output:
         try:
             yield
         finally:
-            if not self.run.exists():  # nothing is left unfinished
+            if not self.unfinished():
                 shutil.rmtree(self.blocks)
             self.lock.release()
+
+    def unfinished(self) -> dict | None:
+        """What an unfinished run was started with; None where there is none, or without a block."""
+        return read_json(self.run) if any(self.blocks.glob("*.block")) else None
 
     def write_block(self, clips: list[Clip], stage_s: Counter, how: str) -> None:
         started = time.perf_counter()
@@ -929,7 +933,7 @@ class Output:
                 pairs.append(("number of clips", found["num_clips"], num_clips))
             return "".join(f"  {key}: {old} -> {new}\n" for key, old, new in pairs if old != new)
 
-        finished, unfinished = read_json(self.json), read_json(self.run)
+        finished, unfinished = read_json(self.json), self.unfinished()
         if self.csv.exists() and not overwrite:
             if finished and (changes := differences(finished)):
                 raise UserError(f"{self.csv} was made with other settings:\n{changes}{ways_on}")
@@ -1110,7 +1114,9 @@ def tokenize_dataset(settings: Settings, dataset: Dataset, weights: Path | None)
             return 0
         on_cpu = settings.device == "cpu"
         extra = {
-            "device_name": platform.processor() or platform.machine() if on_cpu else torch.cuda.get_device_name(),
+            "device_name": platform.processor() or platform.machine()
+            if on_cpu
+            else torch.cuda.get_device_name(),
             "input_dir": str(settings.input_dir),
             "workers": settings.workers,
             "max_samples": settings.max_samples,

@@ -1,0 +1,65 @@
+"""README's examples and claims, run as they stand."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from encodec_tokenizer import parse_settings
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def python_examples():
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def tokenized_sample(run, tmp_path, monkeypatch):
+    assert run("--dataset", "sample", "--output_dir", tmp_path / "work" / "tokenized")[0] == 0
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_pandas_example_gives_clips_by_codebooks_by_frames(tokenized_sample, capsys):
+    scope = {}
+    exec(python_examples()[0], scope)
+    assert capsys.readouterr().out == "(12, 8, 150)\n"
+    assert scope["tokens"].dtype == np.int64
+    row = scope["table"].iloc[4]
+    assert scope["tokens"][4, 1, 2] == row["token_152"]
+
+
+def test_every_flag_is_in_the_table_with_its_default():
+    settings = parse_settings(["--device", "cpu"])
+    for flag in settings.__dataclass_fields__:
+        (row,) = re.findall(rf"^\| `--{flag}` \| (.*?) \|", README, re.MULTILINE)
+        default = getattr(settings, flag)
+        if flag not in ("device", "max_samples", "overwrite", "debug"):
+            stated = row.strip("`").split(";")[0]
+            assert stated in (str(default), f"{default:g}" if isinstance(default, float) else "")
+
+
+def test_the_commands_parse():
+    commands = re.findall(
+        r"^(?:python|torchrun.*?) encodec_tokenizer\.py (.*?)(?: +#.*)?$", README, re.M
+    )
+    assert len(commands) >= 4
+    for command in commands:
+        parse_settings(command.split())
+
+
+def test_the_script_needs_nothing_but_requirements_txt():
+    names = set(re.findall(r"^[a-z]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    code = (ROOT / "encodec_tokenizer.py").read_text()
+    imported = set(re.findall(r"^ *(?:import|from) ([a-z_]+)", code, re.MULTILINE))
+    assert imported - set(sys.stdlib_module_names) <= names
+
+
+def test_ci_runs_the_two_commands_of_the_readme():
+    commands = re.findall(r"^.*\.venv/bin.*$", README, re.MULTILINE)
+    assert len(commands) == 2
+    assert commands[0].endswith("encodec_tokenizer.py --dataset sample")
+    assert subprocess.run(["bash", "-n", ROOT / ".ci" / "run"]).returncode == 0
