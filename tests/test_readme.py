@@ -1,8 +1,10 @@
 """README's examples and claims, run as they stand."""
 
+import io
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
@@ -23,10 +25,11 @@ def tokenized_sample(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_pandas_example_gives_clips_by_codebooks_by_frames(tokenized_sample, capsys):
-    scope = {}
-    exec(python_examples()[0], scope)
-    assert capsys.readouterr().out == "(12, 8, 150)\n"
+def test_the_pandas_example_gives_clips_by_codebooks_by_frames(tokenized_sample):
+    scope, out = {}, io.StringIO()
+    with redirect_stdout(out):
+        exec(python_examples()[0], scope)
+    assert out.getvalue() == "(12, 8, 150)\n"
     assert scope["tokens"].dtype == np.int64
     row = scope["table"].iloc[4]
     assert scope["tokens"][4, 1, 2] == row["token_152"]
