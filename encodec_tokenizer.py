@@ -735,7 +735,10 @@ class FastEncoder:
         return torch.stack([self.last(x[:, i]).T for i in range(len(chunks))])
 
 
-def make_encode(model: EncodecModel, settings: Settings) -> Callable[[torch.Tensor], torch.Tensor]:
+Encode = Callable[[torch.Tensor], torch.Tensor]  # chunks [B, C, T] -> codes [B, K, F]
+
+
+def make_encode(model: EncodecModel, settings: Settings) -> Encode:
     """A function from chunks [B, C, T] to codes [B, K, F]: EncodecModel.encode's, sooner.
 
     The 48 kHz model cuts a chunk into segments of 1 s that overlap by 1 %; their codes follow each
@@ -1048,10 +1051,9 @@ def describe(clip: Clip) -> str:
 
 
 def tokenize_blocks(
-    todo: list[int], settings: Settings, dataset: Dataset, weights: Path | None, bar: tqdm
+    todo: list[int], settings: Settings, dataset: Dataset, encode: Encode, bar: tqdm
 ) -> Iterator[tuple[list[Clip], Counter]]:
     """The clips of each block in `todo`, with their codes or errors, and the seconds a stage."""
-    encode = make_encode(load_model(settings, weights), settings)
     stage_s = Counter(loading=0.0, resampling=0.0, encoding=0.0)
     audio_s, failed, started = 0.0, 0, time.perf_counter()
 
@@ -1106,8 +1108,9 @@ def tokenize_dataset(settings: Settings, dataset: Dataset, weights: Path | None)
         if mine := todo[RANK::WORLD_SIZE]:
             seconds = 0.1 if sys.stderr.isatty() else 30  # a line each in a log file
             options = {"desc": dataset.stem, "unit": "clip", "mininterval": seconds}
+            encode = make_encode(load_model(settings, weights), settings)
             with tqdm(total=num_clips, initial=done, disable=RANK > 0, **options) as bar:
-                for clips, stage_s in tokenize_blocks(mine, settings, dataset, weights, bar):
+                for clips, stage_s in tokenize_blocks(mine, settings, dataset, encode, bar):
                     output.write_block(clips, stage_s, settings.aggregate)
         from_first_rank(None)  # all blocks are there
         if RANK > 0:

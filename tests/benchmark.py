@@ -1,0 +1,361 @@
+"""Measure the script on this machine, against the alternatives, in one run.
+
+    python tests/benchmark.py                        both models, some 10 minutes on 2 cores
+    python tests/benchmark.py --quick                two minutes
+    python tests/benchmark.py --device cuda
+    python tests/benchmark.py --audio_dir FOLDER     the end-to-end part on your own WAV files
+
+Machines change their speed from one minute to the next. So every path runs in every round, and what
+is compared is the median of the rounds' ratios. transformers and ONNX Runtime take part where they
+are installed:  pip install transformers onnx onnxruntime
+"""
+
+import argparse
+import csv
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import standin  # noqa: E402
+
+import encodec_tokenizer as script  # noqa: E402
+
+
+def machine(device: str) -> str:
+    if device != "cpu":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [
+            line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0].partition(":")[2].strip() if models else name
+    return f"{name}, {script.THREADS} threads, torch {torch.__version__}"
+
+
+def seconds(function: Callable[[], object], device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def chunk_gflop(model, chunk: torch.Tensor) -> float:
+    """Multiplications and additions to encode one chunk [C, T], in 1e9."""
+    flop = 0
+
+    def count_convolution(module, _, output):
+        nonlocal flop
+        flop += 2 * output.numel() * module.in_channels * module.kernel_size[0]
+
+    def count_lstm(module, inputs, _):
+        nonlocal flop
+        width = module.hidden_size
+        flop += 2 * inputs[0].shape[0] * module.num_layers * 4 * width * 2 * width
+
+    kinds = {torch.nn.Conv1d: count_convolution, torch.nn.LSTM: count_lstm}
+    hooks = [
+        module.register_forward_hook(kinds[type(module)])
+        for module in model.encoder.modules()
+        if type(module) in kinds
+    ]
+    codes = torch.cat([frame for frame, _ in model.encode(chunk[None])], dim=2)
+    for hook in hooks:
+        hook.remove()
+    return (flop + 2 * codes.numel() * 128 * 1024) / 1e9
+
+
+def best_convolution_rate() -> float:
+    """GFLOP/s of the fastest of a few convolutions whose data and weights fit the cache."""
+    best = 0.0
+    for channels, size, kernel in (
+        (64, 56, 3),
+        (128, 28, 3),
+        (256, 28, 3),
+        (256, 32, 1),
+        (512, 14, 3),
+    ):
+        x = torch.randn(4, channels, size, size).to(memory_format=torch.channels_last)
+        conv = torch.nn.Conv2d(channels, channels, kernel).to(memory_format=torch.channels_last)
+        flop = 2 * conv(x).numel() * channels * kernel**2
+        best = max(best, *(flop / seconds(lambda: conv(x), "cpu") / 1e9 for _ in range(30)))  # noqa: B023
+    return best
+
+
+# ----------------------------------------------------------------------------------- paths to codes
+
+
+def ours(settings, weights: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The script's own: batches through its threads."""
+    encode = script.make_encode(script.load_model(settings, weights), settings)
+    threads = script.THREADS if settings.device == "cpu" else 1
+
+    def path(chunks: torch.Tensor) -> torch.Tensor:
+        batches = chunks.split(settings.batch_size)
+        return torch.cat(list(script.prefetch(encode, batches, threads, ahead=2 * threads)))
+
+    return path
+
+
+def plain(model, batch_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def path(chunks: torch.Tensor) -> torch.Tensor:
+        frames = [model.encode(batch) for batch in chunks.split(batch_size)]
+        return torch.cat([torch.cat([codes for codes, _ in f], dim=2) for f in frames]).cpu()
+
+    return path
+
+
+def transformers_path(name: str, settings) -> Callable[[torch.Tensor], torch.Tensor] | str:
+    """transformers' EncodecModel of the same shape, with its own random weights."""
+    try:
+        from transformers import EncodecConfig, EncodecModel
+    except ImportError as error:
+        return f"not measured ({error})"
+    config = EncodecConfig() if name == "encodec_24khz" else EncodecConfig(
+        target_bandwidths=[3.0, 6.0, 12.0, 24.0], sampling_rate=48_000, audio_channels=2,
+        normalize=True, chunk_length_s=1.0, overlap=0.01, norm_type="time_group_norm",
+        use_causal_conv=False,
+    )  # fmt: skip
+    model = EncodecModel(config).eval().to(settings.device)
+
+    def path(chunks: torch.Tensor) -> None:
+        for batch in chunks.split(4):
+            model.encode(batch, bandwidth=settings.bandwidth)
+
+    return path
+
+
+def onnx_path(model, settings, folder: Path) -> Callable[[torch.Tensor], torch.Tensor] | str:
+    """The same encoder and codebooks in ONNX Runtime, fp32, one chunk at a time."""
+    try:
+        import onnx  # noqa: F401, the exporter wants it
+        import onnxruntime
+    except ImportError as error:
+        return f"not measured ({error})"
+    if model.segment:
+        return "not measured (the export holds no segments)"
+    num_codebooks = model.quantizer.get_num_quantizers_for_bandwidth(
+        model.frame_rate, model.bandwidth
+    )
+
+    class Encode(torch.nn.Module):
+        def forward(self, x):
+            residual, codes = model.encoder(x)[0].T, []
+            for layer in model.quantizer.vq.layers[:num_codebooks]:
+                book = layer.codebook
+                squared = book.pow(2).sum(1)
+                nearest = (2 * residual @ book.T - squared).argmax(1)
+                residual = residual - book[nearest]
+                codes.append(nearest)
+            return torch.stack(codes)[None]
+
+    file = folder / "encoder.onnx"
+    example = torch.zeros(1, model.channels, settings.chunk_samples)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Encode(), (example,), str(file), dynamo=False, input_names=["x"])
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+    def path(chunks: torch.Tensor) -> torch.Tensor:
+        codes = [session.run(None, {"x": chunk[None].numpy()})[0] for chunk in chunks]
+        return torch.from_numpy(np.concatenate(codes))
+
+    return path
+
+
+# ------------------------------------------------------------------------------------ what is shown
+
+
+def measure_encoding(name: str, weights: Path, device: str, rounds: int, num_chunks: int) -> None:
+    settings = script.parse_settings(["--model", name, "--device", device])
+    device = settings.device
+    model = standin.plain_model(name, weights).to(device)
+    model.set_target_bandwidth(settings.bandwidth)
+    audio = standin.varied_audio(model.sample_rate, model.channels, 2 * num_chunks, 7)
+    flat = audio.transpose(0, 1).reshape(model.channels, -1)
+    chunks = torch.stack(flat.split(settings.chunk_samples, dim=1)).to(device)
+    gflop = chunk_gflop(model, chunks[0])
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {
+            "this script": (ours(settings, weights), num_chunks),
+            "plain EnCodec, one chunk at a time": (plain(model, 1), 4 if device == "cpu" else 32),
+            "plain EnCodec, batches of 16": (plain(model, 16), 16),
+            "transformers, batches of 4": (transformers_path(name, settings), 4),
+        }
+        if device == "cpu":
+            onnx = onnx_path(model, settings, Path(folder))
+            paths["ONNX Runtime, one chunk at a time"] = (onnx, 4)
+        timings: dict[str, list[float]] = {label: [] for label in paths}
+        for i in tqdm(range(rounds + 1), desc=name):
+            for label, (path, count) in paths.items():
+                if callable(path):
+                    torch.set_num_threads(script.THREADS)
+                    took = seconds(lambda: path(chunks[:count]), device) / count  # noqa: B023
+                    timings[label] += [took] if i else []  # the first round warms up
+                else:
+                    timings[label] = []
+        torch.set_num_threads(script.THREADS)
+        codes = {label: path(chunks) for label, (path, _) in list(paths.items())[:2]}
+        again = ours(settings, weights)(chunks)
+    first, reference = codes.values()
+    print(f"\n{name}, {settings.bandwidth:g} kbps, chunks of 2 s, median of {rounds} rounds")
+    print("| path | ms a chunk | s of audio/s | times this script's time |")
+    print("|---|---|---|---|")
+    own = np.array(timings["this script"])
+    for label, took in timings.items():
+        if took:
+            median = np.median(took)
+            ratio = np.median(np.array(took) / own)
+            print(f"| {label} | {median * 1e3:.1f} | {2 / median:.0f} | {ratio:.2f} |")
+        else:
+            print(f"| {label} | {paths[label][0]} | | |")
+    different = int((first != reference).sum())
+    print(f"tokens that differ from plain EnCodec: {different} of {first.numel()}")
+    print(f"tokens that differ between two runs: {int((first != again).sum())}")
+    spread = [len(first[:, k].unique()) for k in range(first.shape[1])]
+    print(f"values in use per codebook: {min(spread)} to {max(spread)} of 1024")
+    rate = gflop / np.median(own)
+    print(f"{gflop:.1f} GFLOP a chunk: {rate:.0f} GFLOP/s", end="")
+    if device == "cpu":
+        peak = best_convolution_rate()
+        print(f", {rate / peak:.0%} of the best of a few convolutions ({peak:.0f} GFLOP/s)", end="")
+    print()
+
+
+def write_clips(folder: Path, num_clips: int, length_s: float | None = None) -> None:
+    """Clips as long as train_curated's, or all of `length_s`, in Kaggle's layout."""
+    rng = np.random.default_rng(1)
+    audio = standin.varied_audio(44_100, 1, 60, 3).reshape(-1).numpy()
+    (folder / "train_curated").mkdir(parents=True)
+    rows = [("fname", "labels")]
+    for i in range(num_clips):
+        duration_s = length_s or np.clip(rng.lognormal(1.6, 0.95), 0.3, 30)
+        start = rng.integers(0, len(audio) - 44_100 * 30)
+        samples = np.clip(audio[start : start + round(44_100 * duration_s)], -1, 1)
+        soundfile.write(folder / "train_curated" / f"{i:05d}.wav", samples, 44_100)
+        rows.append((f"{i:05d}.wav", "Label"))
+    with (folder / "train_curated.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+
+
+def list_clips(folder: Path, audio_dir: Path) -> None:
+    """The WAV files of a folder, in Kaggle's layout."""
+    folder.mkdir()
+    (folder / "train_curated").symlink_to(audio_dir.resolve())
+    names = [(path.name, "Label") for path in sorted(audio_dir.glob("*.wav"))]
+    with (folder / "train_curated.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("fname", "labels"), *names])
+
+
+def measure_end_to_end(folder: Path, weights: Path, device: str, rounds: int) -> None:
+    """What everything but encoding costs: the whole pipeline against its batches encoded alone."""
+    settings = script.parse_settings(["--input_dir", str(folder), "--device", device])
+    dataset = script.find_dataset(settings, "train_curated")
+    todo = list(range(-(-len(dataset.clips) // script.BLOCK_CLIPS)))
+    # The model is made ready once, beforehand, and shared: load time is not what is compared.
+    encode = script.make_encode(script.load_model(settings, weights), settings)
+    threads = script.THREADS if settings.device == "cpu" else 1
+    batches = list(script.make_batches(todo, settings, dataset, Counter()))
+    audio_s = sum(clip.duration_s for batch in batches for clip in batch.closes)
+    num_chunks = sum(len(batch.clips) for batch in batches)
+    shares, whole, stage_s = [], [], Counter()
+    for _ in tqdm(range(rounds), desc="end to end"):
+        alone = seconds(
+            lambda: list(
+                script.prefetch(encode, (b.chunks for b in batches), threads, ahead=2 * threads)
+            ),
+            settings.device,
+        )
+        with tempfile.TemporaryDirectory() as out:
+            output = script.Output(Path(out), "train_curated")
+            output.blocks.mkdir()
+
+            def pipeline(output=output) -> None:
+                bar = tqdm(disable=True)
+                blocks = script.tokenize_blocks(todo, settings, dataset, encode, bar)
+                for clips, block_s in blocks:
+                    output.write_block(clips, block_s, settings.aggregate)
+                    stage_s.update(block_s)
+
+            whole.append(seconds(pipeline, settings.device))
+        shares.append(1 - alone / whole[-1])
+    print(
+        f"\nend to end: {len(dataset.clips)} clips, {audio_s:.0f} s of audio, {num_chunks} chunks"
+    )
+    print(f"{np.median(whole):.1f} s, {audio_s / np.median(whole):.0f} s of audio/s", end="; ")
+    print(f"not encoding: {np.median(shares):.1%} of the time (median of {rounds} rounds)")
+    stages = ", ".join(f"{stage} {s / rounds:.2f}" for stage, s in stage_s.items())
+    print(f"seconds in each stage, summed over its threads: {stages}")
+    if settings.device != "cpu":
+        busy = stage_s["encoding"] / sum(whole)
+        print(f"share of the time that the GPU is busy: {busy:.0%}")
+
+
+def measure_memory(weights: Path, device: str, counts: list[int]) -> None:
+    """Peak memory of whole runs, each a process of its own."""
+    print("\npeak memory of a run, 24 kHz, clips of 2 s:", end=" ")
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            write_clips(root / "input", count, length_s=2.0)
+            args = ["--input_dir", root / "input", "--output_dir", root / "out", "--device", device]
+            command = [sys.executable, ROOT / "encodec_tokenizer.py", *args, "--weights", weights]
+            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            process = subprocess.Popen(list(map(str, command)), **quiet)
+            _, status, usage = os.wait4(process.pid, 0)
+            assert status == 0, command
+            kilobytes = usage.ru_maxrss
+            print(f"{kilobytes / 1e6:.2f} GB for {count} clips", end="; ", flush=True)
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and clips")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--audio_dir", type=Path, help="WAV files for the end-to-end part")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    print(machine(args.device))
+    rounds = 3 if args.quick else 15
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        weights = {}
+        for name in script.MODELS:
+            weights[name] = root / f"{name}.th"
+            torch.save(standin.stand_in(name), weights[name])
+            num_chunks = 64 if args.device == "cpu" else 512
+            measure_encoding(name, weights[name], args.device, rounds, num_chunks)
+        if args.audio_dir:
+            list_clips(root / "input", args.audio_dir)
+        else:
+            write_clips(root / "input", 12 if args.quick else 100)
+        name = "encodec_24khz"
+        measure_end_to_end(root / "input", weights[name], args.device, 2 if args.quick else 5)
+        measure_memory(weights[name], args.device, [50, 200] if args.quick else [200, 2000])
+
+
+if __name__ == "__main__":
+    main()
