@@ -12,7 +12,6 @@ are installed:  pip install transformers onnx onnxruntime
 
 import argparse
 import csv
-import os
 import platform
 import subprocess
 import sys
@@ -144,15 +143,20 @@ def transformers_path(name: str, settings) -> Callable[[torch.Tensor], torch.Ten
     return path
 
 
-def onnx_path(model, settings, folder: Path) -> Callable[[torch.Tensor], torch.Tensor] | str:
+def onnx_path(
+    settings, weights: Path, folder: Path
+) -> Callable[[torch.Tensor], torch.Tensor] | str:
     """The same encoder and codebooks in ONNX Runtime, fp32, one chunk at a time."""
     try:
         import onnx  # noqa: F401, the exporter wants it
         import onnxruntime
     except ImportError as error:
         return f"not measured ({error})"
-    if model.segment:
-        return "not measured (the export holds no segments)"
+    if settings.model != "encodec_24khz":
+        return "not measured (the export knows no segments)"
+    model = script.load_model(settings, weights)
+    script.make_encode(model, settings)  # folds the weight norm, as an export wants it
+    model.requires_grad_(False)
     num_codebooks = model.quantizer.get_num_quantizers_for_bandwidth(
         model.frame_rate, model.bandwidth
     )
@@ -202,7 +206,7 @@ def measure_encoding(name: str, weights: Path, device: str, rounds: int, num_chu
             "transformers, batches of 4": (transformers_path(name, settings), 4),
         }
         if device == "cpu":
-            onnx = onnx_path(model, settings, Path(folder))
+            onnx = onnx_path(settings, weights, Path(folder))
             paths["ONNX Runtime, one chunk at a time"] = (onnx, 4)
         timings: dict[str, list[float]] = {label: [] for label in paths}
         for i in tqdm(range(rounds + 1), desc=name):
@@ -319,11 +323,14 @@ def measure_memory(weights: Path, device: str, counts: list[int]) -> None:
             write_clips(root / "input", count, length_s=2.0)
             args = ["--input_dir", root / "input", "--output_dir", root / "out", "--device", device]
             command = [sys.executable, ROOT / "encodec_tokenizer.py", *args, "--weights", weights]
-            quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            process = subprocess.Popen(list(map(str, command)), **quiet)
-            _, status, usage = os.wait4(process.pid, 0)
-            assert status == 0, command
-            kilobytes = usage.ru_maxrss
+            # Started by a small process: a child's peak counts from the memory of its parent.
+            small = (
+                "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+            )
+            command = [sys.executable, "-c", small, *map(str, command)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            kilobytes = int(done.stdout.split()[-1])
             print(f"{kilobytes / 1e6:.2f} GB for {count} clips", end="; ", flush=True)
     print()
 
