@@ -110,6 +110,7 @@ STEMS = {  # a dataset's name on the command line -> those of its output files
 SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "sample"
 COLUMNS = ["fname", "labels", "num_tokens", "token_shape", "num_chunks", "duration_sec"]
 BLOCK_CLIPS = 64
+FORMULA = ("=", "+", "-", "@")  # how a cell begins that a spreadsheet program would run
 UNTRAINED = "untrained (seed 0)"
 
 # What torchrun tells its processes; without it, this is the only one.
@@ -685,7 +686,7 @@ class FastConv:
         if self.norm is None:
             return y
         mean, flat = y.mean(), y.reshape(-1)  # GroupNorm of one group
-        variance = flat.dot(flat) / len(flat) - mean * mean
+        variance = (flat.dot(flat) / len(flat) - mean * mean).clamp(min=0)
         scale = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
         return torch.addcmul(self.norm.bias - mean * scale, y, scale, out=y)
 
@@ -776,15 +777,20 @@ def make_encode(model: EncodecModel, settings: Settings) -> Encode:
             codes.append(quantize(encoder(segment)))
         return torch.cat(codes, dim=2)
 
+    fits = settings.batch_size
+
     @torch.inference_mode()
     def encode(chunks: torch.Tensor) -> torch.Tensor:
-        try:
-            return encode_batch(chunks).cpu()
-        except torch.OutOfMemoryError:
-            if len(chunks) == 1:
-                raise
-        torch.cuda.empty_cache()
-        return torch.cat([encode(half) for half in chunks.split((len(chunks) + 1) // 2)])
+        nonlocal fits
+        while True:
+            try:
+                return torch.cat([encode_batch(part).cpu() for part in chunks.split(fits)])
+            except torch.OutOfMemoryError:
+                if fits == 1:
+                    raise
+            fits = (fits + 1) // 2
+            say(f"note: out of GPU memory; going on with batches of {fits} chunks")
+            torch.cuda.empty_cache()
 
     return encode
 
@@ -871,7 +877,7 @@ class Output:
             yield
         finally:
             if not self.unfinished():
-                shutil.rmtree(self.blocks)
+                shutil.rmtree(self.blocks, ignore_errors=True)
             self.lock.release()
 
     def unfinished(self) -> dict | None:
@@ -892,6 +898,7 @@ class Output:
             counts["chunks"] += clip.num_chunks
             counts["audio_s"] += clip.duration_s
             counts[str(tokens.shape)] += 1
+            counts["formulas"] += clip.fname[:1] in FORMULA or clip.labels[:1] in FORMULA
         stage_s["writing"] += time.perf_counter() - started
         facts = {
             "num_clips": len(clips),
@@ -932,17 +939,19 @@ class Output:
             return "".join(f"  {key}: {old} -> {new}\n" for key, old, new in pairs if old != new)
 
         finished, unfinished = read_json(self.json), self.unfinished()
-        if self.csv.exists() and not overwrite:
-            if finished and (changes := differences(finished)):
-                raise UserError(f"{self.csv} was made with other settings:\n{changes}{ways_on}")
+        changes = differences(unfinished) if unfinished else ""
+        resumes = unfinished and not changes and unfinished["num_clips"] == num_clips
+        if self.csv.exists() and not overwrite and not resumes:
+            if finished and (other := differences(finished)):
+                raise UserError(f"{self.csv} was made with other settings:\n{other}{ways_on}")
             if finished and finished["num_clips"] == num_clips:
                 return False
             if not finished and not unfinished:
                 raise UserError(f"{self.csv} is there, but not {self.json.name} with it. {ways_on}")
-        if unfinished and (changes := differences(unfinished)):
-            if not overwrite:
-                what = f"{self.blocks} holds an unfinished run with other settings"
-                raise UserError(f"{what}:\n{changes}{ways_on}")
+        if changes and not overwrite:
+            what = f"{self.blocks} holds an unfinished run with other settings"
+            raise UserError(f"{what}:\n{changes}{ways_on}")
+        if changes or not unfinished:  # blocks without run.json: the last run was killed at its end
             for path in self.blocks.glob("*.block"):
                 path.unlink()
         for path in (self.csv, self.json, self.summary, self.failed):
@@ -973,6 +982,7 @@ class Output:
         if counts["tokenized"]:
             num_tokens = counts["tokens"] // counts["tokenized"]
             header = csv_line(COLUMNS + [f"token_{i}" for i in range(num_tokens)])
+            self.json.unlink(missing_ok=True)  # it speaks for the CSV that goes now
             write_file(self.csv, chain([header], (read(index)[1] for index in range(len(sizes)))))
             facts = {**made_by, **extra, **results}
             wall_s = time.perf_counter() - started
@@ -985,11 +995,16 @@ class Output:
 def summary(facts: dict, counts: Counter, stage_s: Counter, wall_s: float) -> str:
     """The text summary: what was made, from what, how, and where the time went."""
     n, stem = counts["tokenized"], facts["dataset"]
-    warning = ["WARNING: untrained weights. These tokens rehearse the run and mean nothing.", ""]
+    notes = []
+    if facts["weights"] == UNTRAINED:
+        notes += ["WARNING: untrained weights. These tokens rehearse the run and mean nothing.", ""]
+    if counts["formulas"]:
+        rows = f"{counts['formulas']} rows have a name or label that begins with = + - or @"
+        notes += [f"WARNING: {rows}, kept exact. Do not open the CSV in a spreadsheet program.", ""]
     lines = [
         f"EnCodec tokens of {stem}",
         "",
-        *(warning if facts["weights"] == UNTRAINED else []),
+        *notes,
         f"Samples processed: {n}",
         f"Failures: {counts['failed']}" + f" (see failed_{stem}.csv)" * bool(counts["failed"]),
         f"Average tokens per sample: {counts['tokens'] / n:.1f}",
@@ -1107,6 +1122,9 @@ def tokenize_dataset(settings: Settings, dataset: Dataset, weights: Path | None)
             with tqdm(total=num_clips, initial=done, disable=RANK > 0, **options) as bar:
                 for clips, stage_s in tokenize_blocks(mine, settings, dataset, encode, bar):
                     output.write_block(clips, stage_s, settings.aggregate)
+                    if WORLD_SIZE > 1:  # show what all processes have done
+                        there = map(Path.exists, map(output.block, range(len(sizes))))
+                        bar.n = sum(size for size, is_there in zip(sizes, there) if is_there)
         from_first_rank(None)  # all blocks are there
         if RANK > 0:
             return 0
@@ -1147,12 +1165,13 @@ def run(settings: Settings) -> int:
         say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
+    torch.set_num_threads(1)  # for every thread: no sum depends on the number of cores
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     try:
         return max(tokenize_dataset(settings, dataset, weights) for dataset in datasets)
     finally:
-        torch.set_num_threads(THREADS)  # the threads of prefetch set the whole process to 1
+        torch.set_num_threads(THREADS)
         if WORLD_SIZE > 1:
             torch.distributed.destroy_process_group()
 
@@ -1186,7 +1205,8 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    print(f"error: {message}", file=sys.stderr)
+    if RANK == 0 or status == 1:  # what a user has to change, all processes find alike
+        print(f"error: {message}", file=sys.stderr)
     return status
 
 
