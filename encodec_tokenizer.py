@@ -23,7 +23,6 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -86,18 +85,14 @@ class ModelSpec:
 
 MODELS = {
     "encodec_24khz": ModelSpec(
-        build=EncodecModel.encodec_model_24khz,
-        sample_rate=24_000,
-        channels=1,
-        bandwidths_kbps=(1.5, 3, 6, 12, 24),
-        checkpoint="encodec_24khz-d7cc33bc.th",
+        EncodecModel.encodec_model_24khz,
+        24_000,
+        1,
+        (1.5, 3, 6, 12, 24),
+        "encodec_24khz-d7cc33bc.th",
     ),
     "encodec_48khz": ModelSpec(
-        build=EncodecModel.encodec_model_48khz,
-        sample_rate=48_000,
-        channels=2,
-        bandwidths_kbps=(3, 6, 12, 24),
-        checkpoint="encodec_48khz-7e698e3e.th",
+        EncodecModel.encodec_model_48khz, 48_000, 2, (3, 6, 12, 24), "encodec_48khz-7e698e3e.th"
     ),
 }
 STEMS = {  # a dataset's name on the command line -> those of its output files
@@ -195,21 +190,20 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         help += "" if default is None else " (default: %(default)s)"
         parser.add_argument(f"--{name}", default=default, help=help, **options)
 
-    duration = number(float, 0.1, 60)
-    count = number(int, 1, 10**9)
+    count, seconds = number(int, 1, 10**9), number(float, 0.1, 60)
     add("dataset", "curated", "which clips; sample: a dozen that come along", choices=[*STEMS])
     add("input_dir", Path("input"), "the dataset, in Kaggle's or Zenodo's layout", type=Path)
     add("output_dir", Path("work/tokenized"), "where the CSV and its summary go", type=Path)
     add("model", "encodec_24khz", "24 kHz mono or 48 kHz stereo", choices=[*MODELS])
     add("bandwidth", 6.0, "kbps: 1.5 (24 kHz only), 3, 6, 12, 24", type=float)
-    add("target_duration", 2.0, "seconds in a chunk, 0.1 to 60", type=duration)
+    add("target_duration", 2.0, "seconds in a chunk, 0.1 to 60", type=seconds)
     add("overlap", 0.1, "fraction shared by neighbours, 0 to 0.9", type=number(float, 0, 0.9))
     add("aggregate", "mean", "how a clip's chunks become one row", choices=["mean"])
     add("weights", "pretrained", "pretrained, untrained (rehearsal), or a checkpoint file")
     add("device", "auto", "auto (CUDA if there is one), cpu, cuda, cuda:N")
     add("batch_size", None, "chunks per batch (default: 32; CUDA: 256)", type=count)
     add("workers", None, "threads that read clips ahead (default: 2; CUDA: 8)", type=count)
-    add("max_duration", 600.0, "seconds; longer clips fail, not fill the memory", type=float)
+    add("max_duration", 600.0, "seconds; longer clips fail", type=number(float, 0.1, 1e6))
     add("max_samples", None, "only the first N rows (default: all)", type=count, metavar="N")
     for flag, help in {
         "--overwrite": "replace output that was made with other settings, or make it anew",
@@ -766,7 +760,7 @@ def make_encode(model: EncodecModel, settings: Settings) -> Encode:
             codes.append(nearest.view(len(latents), -1))
         return torch.stack(codes, dim=1)
 
-    def encode_batch(chunks: torch.Tensor) -> torch.Tensor:
+    def encode_segments(chunks: torch.Tensor) -> torch.Tensor:
         segment_samples = model.segment_length or chunks.shape[2]
         codes = []
         for start in range(0, chunks.shape[2], model.segment_stride or segment_samples):
@@ -784,7 +778,7 @@ def make_encode(model: EncodecModel, settings: Settings) -> Encode:
         nonlocal fits
         while True:
             try:
-                return torch.cat([encode_batch(part).cpu() for part in chunks.split(fits)])
+                return torch.cat([encode_segments(part).cpu() for part in chunks.split(fits)])
             except torch.OutOfMemoryError:
                 if fits == 1:
                     raise
@@ -960,7 +954,7 @@ class Output:
             path.unlink()
         return True
 
-    def join(self, sizes: list[int], made_by: dict, extra: dict, started: float) -> dict:
+    def join(self, sizes: list[int], made_by: dict, started: float) -> dict:
         """Write the final files from the blocks; the JSON, which says that all is there, last."""
 
         def read(index: int) -> tuple[dict, bytes]:
@@ -984,7 +978,7 @@ class Output:
             header = csv_line(COLUMNS + [f"token_{i}" for i in range(num_tokens)])
             self.json.unlink(missing_ok=True)  # it speaks for the CSV that goes now
             write_file(self.csv, chain([header], (read(index)[1] for index in range(len(sizes)))))
-            facts = {**made_by, **extra, **results}
+            facts = {**made_by, **results}
             wall_s = time.perf_counter() - started
             write_file(self.summary, [summary(facts, counts, stage_s, wall_s).encode()])
             write_json(self.json, facts)
@@ -1128,16 +1122,9 @@ def tokenize_dataset(settings: Settings, dataset: Dataset, weights: Path | None)
         from_first_rank(None)  # all blocks are there
         if RANK > 0:
             return 0
-        on_cpu = settings.device == "cpu"
-        extra = {
-            "device_name": platform.processor() or platform.machine()
-            if on_cpu
-            else torch.cuda.get_device_name(),
-            "input_dir": str(settings.input_dir),
-            "workers": settings.workers,
-            "max_samples": settings.max_samples,
-        }
-        results = output.join(sizes, made_by, extra, started)
+        if settings.device != "cpu":
+            made_by["device_name"] = torch.cuda.get_device_name(settings.device)
+        results = output.join(sizes, made_by, started)
     if not results["tokenized"]:
         say(f"error: none of the {num_clips} clips could be tokenized, see {output.failed}")
         return 1
