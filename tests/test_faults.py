@@ -89,8 +89,8 @@ def test_random_kills_over_resumed_runs_change_nothing(kills, data, tmp_path):
     rounds, done = 0, 0
     while done < kills:
         folder = f"round_{rounds}"
-        process = data.start(folder, "--batch_size", 8, slow_s=0.05)
-        time.sleep(moments.uniform(0.0, 1.5))
+        process = data.start(folder, "--batch_size", 8, slow_s=0.2)
+        time.sleep(moments.uniform(0.2, 1.8))
         before = len(list(data.blocks(folder).glob("*.block")))
         process.kill()
         process.join()
