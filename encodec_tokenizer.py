@@ -103,7 +103,10 @@ STEMS = {  # a dataset's name on the command line -> those of its output files
     "sample": ["sample"],
 }
 SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "sample"
+NAME_COLUMNS, LABEL_COLUMNS = ["fname", "filename"], ["labels", "label", "category"]
 COLUMNS = ["fname", "labels", "num_tokens", "token_shape", "num_chunks", "duration_sec"]
+AGGREGATES = ["mean", "latent", "medoid", "none"]
+EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3")  # tried for names without one
 BLOCK_CLIPS = 64
 FORMULA = ("=", "+", "-", "@")  # how a cell begins that a spreadsheet program would run
 UNTRAINED = "untrained (seed 0)"
@@ -140,6 +143,8 @@ class Settings:
     """The command line, checked; fields are flags. `device` is resolved: "cpu" or "cuda:N"."""
 
     dataset: str
+    metadata: Path | None
+    audio_dir: Path | None
     input_dir: Path
     output_dir: Path
     model: str
@@ -192,13 +197,15 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 
     count, seconds = number(int, 1, 10**9), number(float, 0.1, 60)
     add("dataset", "curated", "which clips; sample: a dozen that come along", choices=[*STEMS])
+    add("metadata", None, "instead: any CSV of file names (and labels)", type=Path, metavar="FILE")
+    add("audio_dir", None, "where the files of --metadata lie", type=Path, metavar="DIR")
     add("input_dir", Path("input"), "the dataset, in Kaggle's or Zenodo's layout", type=Path)
     add("output_dir", Path("work/tokenized"), "where the CSV and its summary go", type=Path)
     add("model", "encodec_24khz", "24 kHz mono or 48 kHz stereo", choices=[*MODELS])
     add("bandwidth", 6.0, "kbps: 1.5 (24 kHz only), 3, 6, 12, 24", type=float)
     add("target_duration", 2.0, "seconds in a chunk, 0.1 to 60", type=seconds)
     add("overlap", 0.1, "fraction shared by neighbours, 0 to 0.9", type=number(float, 0, 0.9))
-    add("aggregate", "mean", "how a clip's chunks become one row", choices=["mean"])
+    add("aggregate", "mean", "how a clip's chunks become one row", choices=AGGREGATES)
     add("weights", "pretrained", "pretrained, untrained (rehearsal), or a checkpoint file")
     add("device", "auto", "auto (CUDA if there is one), cpu, cuda, cuda:N")
     add("batch_size", None, "chunks per batch (default: 32; CUDA: 256)", type=count)
@@ -216,6 +223,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     if options.bandwidth not in bandwidths:
         offered = ", ".join(f"{kbps:g}" for kbps in bandwidths)
         parser.error(f"argument --bandwidth: {options.model} offers {offered} kbps")
+    if bool(options.metadata) != bool(options.audio_dir):
+        parser.error("arguments --metadata and --audio_dir go together")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options.device):
         parser.error("argument --device: choose from auto, cpu, cuda, cuda:N")
     num_gpus = torch.cuda.device_count()
@@ -251,9 +260,12 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
 
     Raises UserError: no CSV or no folder, or a CSV that does not list clips.
     """
-    if stem == "sample":
-        csv_path = SAMPLE_DIR / "sample.csv"
-        return Dataset(stem, csv_path, SAMPLE_DIR, read_clips(csv_path, settings.max_samples))
+    if settings.metadata or stem == "sample":
+        csv_path = settings.metadata or SAMPLE_DIR / "sample.csv"
+        audio_dir = settings.audio_dir or SAMPLE_DIR
+        if not audio_dir.is_dir():
+            raise UserError(f"--audio_dir {audio_dir}: no such folder")
+        return Dataset(stem, csv_path, audio_dir, read_clips(csv_path, settings.max_samples))
 
     def find(names: Iterable[str], wanted: Callable[[Path], bool]) -> list[Path]:
         patterns = [depth + name for depth in ("", "*/", "*/*/") for name in names]
@@ -288,7 +300,7 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
 
 
 def read_clips(csv_path: Path, max_samples: int | None) -> pd.DataFrame:
-    """The clips that a dataset's CSV lists: strings fname and labels. Repeated rows count once."""
+    """The clips that a CSV lists: strings fname and labels. Repeated rows count once."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
@@ -298,13 +310,15 @@ def read_clips(csv_path: Path, max_samples: int | None) -> pd.DataFrame:
     except (ValueError, OSError, pd.errors.ParserWarning) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{csv_path} is not a comma-separated table in UTF-8: {reason}") from error
-    if "fname" not in table:
-        columns = ", ".join(map(repr, table.columns[:5]))
-        hint = "; it seems to use semicolons, commas are needed" if ";" in columns else ""
-        raise UserError(f"{csv_path} has no column 'fname', only {columns}{hint}")
+    names = [column for column in NAME_COLUMNS if column in table]
+    labels = [column for column in LABEL_COLUMNS if column in table]
+    if not names:
+        there = ", ".join(map(repr, table.columns[:5]))
+        hint = "; it seems to use semicolons, commas are needed" if ";" in there else ""
+        raise UserError(f"{csv_path} has no column {' or '.join(NAME_COLUMNS)}, only {there}{hint}")
     if table.empty:
         raise UserError(f"{csv_path} lists no clips: nothing follows its header")
-    clips = pd.DataFrame({"fname": table["fname"], "labels": table.get("labels", "")})
+    clips = pd.DataFrame({"fname": table[names[0]], "labels": table[labels[0]] if labels else ""})
     repeated = clips.duplicated()
     if repeated.any():
         first = clips["fname"][repeated].iloc[0]
@@ -329,6 +343,7 @@ class Clip:
     load_s: float = 0.0
     encode_s: float = 0.0  # its share of its batches
     codes: list[np.ndarray] = field(default_factory=list)  # one [K, F] a chunk
+    latents: list[torch.Tensor] = field(default_factory=list)  # one [D, F] a chunk, where wanted
 
 
 class BadClip(Exception):
@@ -336,13 +351,17 @@ class BadClip(Exception):
 
 
 def clip_path(audio_dir: Path, fname: str) -> Path:
-    """Where a clip lies. BadClip for a name that leads out of the folder, or to no plain file."""
+    """Where a clip lies; its name may lack the extension (FSD50K's do).
+
+    Raises BadClip: a name that leads out of the folder, or to no plain file.
+    """
     if not fname:
         raise BadClip("the name is empty")
     for name in (PurePosixPath(fname), PureWindowsPath(fname)):
         if name.anchor or ".." in name.parts:
             raise BadClip("the name leads outside the audio folder; not opened")
-    path = audio_dir / fname
+    candidates = [audio_dir / (fname + extension) for extension in ("", *EXTENSIONS)]
+    path = next(filter(os.path.exists, candidates), candidates[0])
     try:
         if not path.is_file():
             raise BadClip(
@@ -525,7 +544,7 @@ def find_weights(settings: Settings) -> Path | None:
     if settings.weights == "pretrained":
         path = Path(torch.hub.get_dir(), "checkpoints", MODELS[settings.model].checkpoint)
         if not path.exists() and not download(path):
-            if settings.dataset == "sample":
+            if settings.dataset == "sample" and not settings.metadata:
                 return None
             raise UserError(
                 f"the pretrained weights could not be downloaded from {ROOT_URL}{path.name}\n"
@@ -728,11 +747,12 @@ class FastEncoder:
         return torch.stack([self.last(x[:, i]).T for i in range(len(chunks))])
 
 
-Encode = Callable[[torch.Tensor], torch.Tensor]  # chunks [B, C, T] -> codes [B, K, F]
+# Chunks [B, C, T] -> their codes [B, K, F] and latents [B, D, F], the latter where they are wanted.
+Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 def make_encode(model: EncodecModel, settings: Settings) -> Encode:
-    """A function from chunks [B, C, T] to codes [B, K, F]: EncodecModel.encode's, sooner.
+    """A function from chunks to the codes that EncodecModel.encode gives, sooner.
 
     The 48 kHz model cuts a chunk into segments of 1 s that overlap by 1 %; their codes follow each
     other in F. On a CPU several threads may call it, each works on one core.
@@ -760,25 +780,28 @@ def make_encode(model: EncodecModel, settings: Settings) -> Encode:
             codes.append(nearest.view(len(latents), -1))
         return torch.stack(codes, dim=1)
 
-    def encode_segments(chunks: torch.Tensor) -> torch.Tensor:
+    def latents_of(chunks: torch.Tensor) -> torch.Tensor:
         segment_samples = model.segment_length or chunks.shape[2]
-        codes = []
+        latents = []
         for start in range(0, chunks.shape[2], model.segment_stride or segment_samples):
             segment = chunks[:, :, start : start + segment_samples]
             if model.normalize:
                 mono = segment.mean(dim=1, keepdim=True)
                 segment = segment / (1e-8 + mono.pow(2).mean(dim=2, keepdim=True).sqrt())
-            codes.append(quantize(encoder(segment)))
-        return torch.cat(codes, dim=2)
+            latents.append(encoder(segment))
+        return torch.cat(latents, dim=2)
 
+    wants_latents = settings.aggregate in ("latent", "medoid")
     fits = settings.batch_size
 
     @torch.inference_mode()
-    def encode(chunks: torch.Tensor) -> torch.Tensor:
+    def encode(chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         nonlocal fits
         while True:
             try:
-                return torch.cat([encode_segments(part).cpu() for part in chunks.split(fits)])
+                latents = [latents_of(part) for part in chunks.split(fits)]
+                codes = torch.cat([quantize(part) for part in latents]).cpu()
+                return codes, torch.cat(latents).cpu() if wants_latents else None
             except torch.OutOfMemoryError:
                 if fits == 1:
                     raise
@@ -792,10 +815,27 @@ def make_encode(model: EncodecModel, settings: Settings) -> Encode:
 # --------------------------------------------------------------------------------------------- rows
 
 
-def aggregate(codes: np.ndarray, how: str) -> np.ndarray:
-    """The codes of a clip's chunks [N, K, F] as those of its row [K, F]."""
-    assert how == "mean", how
-    return np.rint(codes.mean(axis=0)).astype(np.int64)
+def aggregate(clip: Clip, how: str, model: EncodecModel) -> np.ndarray:
+    """A clip's chunks as the codes of its rows [R, K, F]; one row, but for `none`.
+
+    mean: of the codes, rounded; no codes of EnCodec's where there are several chunks.
+    latent: the codes of the mean of the chunks' latents.
+    medoid: the codes of the chunk whose latents are nearest to that mean (Euclidean).
+    none: every chunk's codes.
+    """
+    codes = np.stack(clip.codes)  # [N, K, F]
+    if how == "none":
+        return codes
+    if how == "mean":
+        return np.rint(codes.mean(axis=0, keepdims=True)).astype(np.int64)
+    latents = torch.stack(clip.latents)  # [N, D, F]
+    mean = latents.mean(dim=0, keepdim=True)
+    if how == "medoid":
+        nearest = int((latents - mean).pow(2).sum(dim=(1, 2)).argmin())
+        return codes[nearest : nearest + 1]
+    mean = mean.to(next(model.quantizer.buffers()).device)
+    coded = model.quantizer.encode(mean, model.frame_rate, model.bandwidth)  # [K, 1, F]
+    return coded.transpose(0, 1).cpu().numpy()
 
 
 def csv_line(cells: Iterable) -> bytes:
@@ -804,10 +844,18 @@ def csv_line(cells: Iterable) -> bytes:
     return text.getvalue().encode()
 
 
-def clip_row(clip: Clip, tokens: np.ndarray) -> bytes:
-    duration_s = round(clip.duration_s, 6)
-    facts = [clip.fname, clip.labels, tokens.size, tokens.shape, clip.num_chunks, duration_s]
-    return csv_line(facts + tokens.ravel().tolist())
+def columns(how: str, num_tokens: int) -> list[str]:
+    """The CSV's header."""
+    chunk = ["chunk"] if how == "none" else []
+    return COLUMNS + chunk + [f"token_{i}" for i in range(num_tokens)]
+
+
+def clip_rows(clip: Clip, how: str, rows: np.ndarray) -> list[bytes]:
+    """A clip's lines of the CSV, from the codes [R, K, F] of its rows."""
+    shape, duration_s = rows.shape[1:], round(clip.duration_s, 6)
+    facts = [clip.fname, clip.labels, math.prod(shape), shape, clip.num_chunks, duration_s]
+    chunk = [[i] if how == "none" else [] for i in range(len(rows))]
+    return [csv_line(facts + chunk[i] + row.ravel().tolist()) for i, row in enumerate(rows)]
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -878,20 +926,23 @@ class Output:
         """What an unfinished run was started with; None where there is none, or without a block."""
         return read_json(self.run) if any(self.blocks.glob("*.block")) else None
 
-    def write_block(self, clips: list[Clip], stage_s: Counter, how: str) -> None:
+    def write_block(
+        self, clips: list[Clip], stage_s: Counter, how: str, model: EncodecModel
+    ) -> None:
         started = time.perf_counter()
-        rows, counts = [], Counter()
+        lines, counts = [], Counter()
         for clip in clips:
             if clip.error:
                 counts["failed"] += 1
                 continue
-            tokens = aggregate(np.stack(clip.codes), how)
-            rows.append(clip_row(clip, tokens))
+            rows = aggregate(clip, how, model)
+            lines += clip_rows(clip, how, rows)
             counts["tokenized"] += 1
-            counts["tokens"] += tokens.size
+            counts["rows"] += len(rows)
+            counts["tokens"] += rows.size
             counts["chunks"] += clip.num_chunks
             counts["audio_s"] += clip.duration_s
-            counts[str(tokens.shape)] += 1
+            counts[str(rows.shape[1:])] += len(rows)
             counts["formulas"] += clip.fname[:1] in FORMULA or clip.labels[:1] in FORMULA
         stage_s["writing"] += time.perf_counter() - started
         facts = {
@@ -900,7 +951,7 @@ class Output:
             "stage_s": stage_s,
             "failures": [(clip.fname, clip.error) for clip in clips if clip.error],
         }
-        body = json.dumps(facts, ensure_ascii=False).encode() + b"\n" + b"".join(rows)
+        body = json.dumps(facts, ensure_ascii=False).encode() + b"\n" + b"".join(lines)
         checksum = hashlib.sha256(body).hexdigest().encode() + b"\n"
         write_file(self.block(clips[0].index // BLOCK_CLIPS), [checksum, body])
 
@@ -974,8 +1025,7 @@ class Output:
             write_file(self.failed, map(csv_line, [("fname", "error"), *failures]))
         results = {"num_clips": sum(sizes), **{key: counts[key] for key in ("tokenized", "failed")}}
         if counts["tokenized"]:
-            num_tokens = counts["tokens"] // counts["tokenized"]
-            header = csv_line(COLUMNS + [f"token_{i}" for i in range(num_tokens)])
+            header = csv_line(columns(made_by["aggregate"], counts["tokens"] // counts["rows"]))
             self.json.unlink(missing_ok=True)  # it speaks for the CSV that goes now
             write_file(self.csv, chain([header], (read(index)[1] for index in range(len(sizes)))))
             facts = {**made_by, **results}
@@ -1001,12 +1051,13 @@ def summary(facts: dict, counts: Counter, stage_s: Counter, wall_s: float) -> st
         *notes,
         f"Samples processed: {n}",
         f"Failures: {counts['failed']}" + f" (see failed_{stem}.csv)" * bool(counts["failed"]),
+        f"Rows: {counts['rows']}",
         f"Average tokens per sample: {counts['tokens'] / n:.1f}",
         f"Average duration: {counts['audio_s'] / n:.2f} s",
         f"Total duration: {counts['audio_s']:.1f} s ({counts['audio_s'] / 3600:.2f} h)",
         f"Average chunks per sample: {counts['chunks'] / n:.2f}",
         "Token shapes (codebooks, frames):",
-        *(f"  {shape}: {count} samples" for shape, count in counts.items() if shape[0] == "("),
+        *(f"  {shape}: {count} rows" for shape, count in counts.items() if shape[0] == "("),
         "",
         "Settings:",
         *(f"  {key}: {value}" for key, value in facts.items()),
@@ -1061,22 +1112,24 @@ def tokenize_blocks(
     stage_s = Counter(loading=0.0, resampling=0.0, encoding=0.0)
     audio_s, failed, started = 0.0, 0, time.perf_counter()
 
-    def encode_batch(batch: Batch) -> tuple[Batch, Iterable[np.ndarray], float]:
+    def encode_batch(batch: Batch) -> tuple[Batch, list[tuple], float]:
         begun = time.perf_counter()
-        codes = encode(batch.chunks).numpy() if batch.clips else []
-        return batch, codes, time.perf_counter() - begun
+        codes, latents = encode(batch.chunks) if batch.clips else (torch.empty(0), None)
+        unwanted = [None] * len(codes)
+        pairs = list(zip(codes.numpy(), unwanted if latents is None else latents))
+        return batch, pairs, time.perf_counter() - begun
 
     batches = make_batches(todo, settings, dataset, stage_s)
     threads = THREADS if settings.device == "cpu" else 1
-    for batch, batch_codes, encode_s in prefetch(encode_batch, batches, threads, ahead=2 * threads):
+    for batch, encoded, encode_s in prefetch(encode_batch, batches, threads, ahead=2 * threads):
         stage_s["encoding"] += encode_s
-        for clip, codes in zip(batch.clips, batch_codes):
+        for clip, (codes, latents) in zip(batch.clips, encoded):
             clip.codes.append(codes)
+            clip.latents.append(latents)
             clip.encode_s += encode_s / len(batch.clips)
-        encoded = [
-            clip for clip in dict.fromkeys(batch.clips) if len(clip.codes) == clip.num_chunks
-        ]
-        for clip in encoded + [clip for clip in batch.closes if clip.error]:
+        members = dict.fromkeys(batch.clips)
+        complete = [clip for clip in members if len(clip.codes) == clip.num_chunks]
+        for clip in complete + [clip for clip in batch.closes if clip.error]:
             audio_s += clip.duration_s
             failed += bool(clip.error)
             bar.update()
@@ -1112,10 +1165,11 @@ def tokenize_dataset(settings: Settings, dataset: Dataset, weights: Path | None)
         if mine := todo[RANK::WORLD_SIZE]:
             seconds = 0.1 if sys.stderr.isatty() else 30  # a line each in a log file
             options = {"desc": dataset.stem, "unit": "clip", "mininterval": seconds}
-            encode = make_encode(load_model(settings, weights), settings)
+            model = load_model(settings, weights)
+            encode = make_encode(model, settings)
             with tqdm(total=num_clips, initial=done, disable=RANK > 0, **options) as bar:
                 for clips, stage_s in tokenize_blocks(mine, settings, dataset, encode, bar):
-                    output.write_block(clips, stage_s, settings.aggregate)
+                    output.write_block(clips, stage_s, settings.aggregate, model)
                     if WORLD_SIZE > 1:  # show what all processes have done
                         there = map(Path.exists, map(output.block, range(len(sizes))))
                         bar.n = sum(size for size, is_there in zip(sizes, there) if is_there)
@@ -1145,7 +1199,8 @@ def from_first_rank(value: object) -> object:
 
 def run(settings: Settings) -> int:
     """All that the command asks for. Returns the exit status."""
-    datasets = [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
+    stems = [settings.metadata.stem] if settings.metadata else STEMS[settings.dataset]
+    datasets = [find_dataset(settings, stem) for stem in stems]
     weights = find_weights(settings)
     if weights is None:
         warning = "WARNING: UNTRAINED WEIGHTS. The tokens rehearse the run and mean nothing."

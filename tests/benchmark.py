@@ -110,7 +110,8 @@ def ours(settings, weights: Path) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def path(chunks: torch.Tensor) -> torch.Tensor:
         batches = chunks.split(settings.batch_size)
-        return torch.cat(list(script.prefetch(encode, batches, threads, ahead=2 * threads)))
+        encoded = script.prefetch(encode, batches, threads, ahead=2 * threads)
+        return torch.cat([codes for codes, _ in encoded])
 
     return path
 
@@ -276,7 +277,8 @@ def measure_end_to_end(folder: Path, weights: Path, device: str, rounds: int) ->
     dataset = script.find_dataset(settings, "train_curated")
     todo = list(range(-(-len(dataset.clips) // script.BLOCK_CLIPS)))
     # The model is made ready once, beforehand, and shared: load time is not what is compared.
-    encode = script.make_encode(script.load_model(settings, weights), settings)
+    model = script.load_model(settings, weights)
+    encode = script.make_encode(model, settings)
     threads = script.THREADS if settings.device == "cpu" else 1
     batches = list(script.make_batches(todo, settings, dataset, Counter()))
     audio_s = sum(clip.duration_s for batch in batches for clip in batch.closes)
@@ -297,7 +299,7 @@ def measure_end_to_end(folder: Path, weights: Path, device: str, rounds: int) ->
                 bar = tqdm(disable=True)
                 blocks = script.tokenize_blocks(todo, settings, dataset, encode, bar)
                 for clips, block_s in blocks:
-                    output.write_block(clips, block_s, settings.aggregate)
+                    output.write_block(clips, block_s, settings.aggregate, model)
                     stage_s.update(block_s)
 
             whole.append(seconds(pipeline, settings.device))

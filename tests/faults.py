@@ -85,9 +85,9 @@ def child(
 ) -> None:
     sys.stdout = sys.stderr = Path(log).open("a", buffering=1)
 
-    def encode(chunks: torch.Tensor) -> torch.Tensor:
+    def encode(chunks: torch.Tensor) -> tuple[torch.Tensor, None]:
         time.sleep(slow_s)
-        return codes_of(chunks)
+        return codes_of(chunks), None
 
     script.load_model = lambda *_: None
     script.make_encode = lambda *_: encode

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 from conftest import ROOT
@@ -84,7 +85,7 @@ def test_missing_dataset_tells_where_it_was_sought_and_the_ways_on(tmp_path, run
     [
         (b"", "is not a comma-separated table"),
         (b"fname,labels\n", "lists no clips"),
-        (b"file,labels\na.wav,Bark\n", "has no column 'fname', only 'file', 'labels'"),
+        (b"file,labels\na.wav,Bark\n", "has no column fname or filename, only 'file', 'labels'"),
         (b"fname;labels\na.wav;Bark\n", "semicolons"),
         (b"fname,labels\na.wav,Walk,Slam\n", "is not a comma-separated table"),
         (b"fname,labels\na.wav,Bark\nb.wav,Walk,Slam\n", "is not a comma-separated table"),
@@ -142,3 +143,43 @@ def test_bundled_sample_is_what_its_generator_makes(tmp_path):
     for a, b in zip(made, kept):
         (x, rate), (y, kept_rate) = (soundfile.read(path, dtype="int16") for path in (a, b))
         assert rate == kept_rate and np.abs(x.astype(int) - y).max() <= 1
+
+
+ESC50 = (
+    "filename,fold,target,category,esc10,src_file,take\n1-100032-A-0.wav,1,0,dog,True,100032,A\n"
+)
+FSD50K = 'fname,labels,mids,split\n64760,"Electric_guitar,Guitar",/m/02sgy,train\n'
+
+
+@pytest.mark.parametrize(
+    "name, text, file, row",
+    [
+        ("esc50", ESC50, "1-100032-A-0.wav", ["1-100032-A-0.wav", "dog"]),
+        ("dev", FSD50K, "64760.wav", ["64760", "Electric_guitar,Guitar"]),
+        ("mine", "filename\na.flac\n", "a.flac", ["a.flac", ""]),
+    ],
+)
+def test_any_csv_of_file_names_is_a_dataset(name, text, file, row, tmp_path, run):
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "audio" / file, np.zeros(4_410), 44_100)
+    (tmp_path / f"{name}.csv").write_text(text)
+    flags = ["--metadata", tmp_path / f"{name}.csv", "--audio_dir", tmp_path / "audio"]
+    assert run(*flags)[0] == 0
+    table = pd.read_csv(
+        tmp_path / "out" / f"tokenized_{name}.csv", keep_default_na=False, dtype=str
+    )
+    assert table.iloc[0, :2].tolist() == row
+    assert (tmp_path / "out" / f"summary_{name}.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--metadata", "a.csv"], "--metadata and --audio_dir go together"),
+        (["--metadata", "none.csv", "--audio_dir", "."], "none.csv"),
+        (["--metadata", "none.csv", "--audio_dir", "no/where"], "no/where: no such folder"),
+    ],
+)
+def test_a_dataset_of_ones_own_that_is_not_there_ends_at_once(flags, says, run):
+    status, _, err = run(*flags)
+    assert status == 2 and says in err

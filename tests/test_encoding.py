@@ -15,8 +15,8 @@ CASES = [(name, kbps) for name, spec in MODELS.items() for kbps in spec.bandwidt
 def encoder(name, weights, *flags):
     args = ["--model", name, "--weights", str(weights), "--device", "cpu", *flags]
     settings = parse_settings(args)
-    model = encodec_tokenizer.load_model(settings, weights)
-    return make_encode(model, settings)
+    encode = make_encode(encodec_tokenizer.load_model(settings, weights), settings)
+    return lambda chunks: encode(chunks)[0]
 
 
 def chunks_of(name, seconds, count, seed=5):

@@ -170,7 +170,7 @@ def test_summary_and_json_tell_what_made_the_file(run, make_dataset, sound, tmp_
         "Average duration: 2.50 s",
         "Total duration: 5.0 s (0.00 h)",
         "Average chunks per sample: 2.00",
-        "  (4, 150): 2 samples",
+        "  (4, 150): 2 rows",
         "  model: encodec_24khz",
         "  bandwidth_kbps: 3.0",
         "  device: cpu",
