@@ -4,9 +4,9 @@ import io
 import re
 import subprocess
 import sys
+import warnings
 from contextlib import redirect_stdout
 
-import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -25,14 +25,21 @@ def tokenized_sample(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_pandas_example_gives_clips_by_codebooks_by_frames(tokenized_sample):
-    scope, out = {}, io.StringIO()
-    with redirect_stdout(out):
-        exec(python_examples()[0], scope)
-    assert out.getvalue() == "(12, 8, 150)\n"
-    assert scope["tokens"].dtype == np.int64
-    row = scope["table"].iloc[4]
-    assert scope["tokens"][4, 1, 2] == row["token_152"]
+def test_the_examples_print_what_they_say(tokenized_sample):
+    scope = {}
+    examples = python_examples()
+    assert len(examples) == 3
+    for example in examples:
+        out = io.StringIO()
+        with redirect_stdout(out), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exec(example, scope)
+        said = re.search(r"^print.*  # (.*)$", example, re.MULTILINE)[1]
+        assert out.getvalue() == said + "\n"
+    assert scope["tokens"][4, 1, 2] == scope["table"].iloc[4]["token_152"]
+    assert scope["bags"].sum(axis=1).tolist() == [8 * 150] * 12
+    click = scope["table"].index[scope["table"]["fname"] == "click.wav"][0]  # 0.3 s of 2
+    assert (scope["ids"][click] == scope["padding"]).sum() == 8 * (150 - 23)
 
 
 def test_every_flag_is_in_the_table_with_its_default():
