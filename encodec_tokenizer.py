@@ -339,6 +339,7 @@ class Clip:
     error: str = ""  # why it cannot be tokenized
     rate: int = 0  # Hz, of the file
     duration_s: float = 0.0  # of the file, before padding or resampling
+    silent: bool = False  # all samples are zero
     num_chunks: int = 0
     load_s: float = 0.0
     encode_s: float = 0.0  # its share of its batches
@@ -493,6 +494,7 @@ def make_batches(
             path = clip_path(dataset.audio_dir, clip.fname)
             loaded = load_clip(path, spec.channels, settings.max_duration)
             samples, clip.rate, clip.duration_s = loaded
+            clip.silent = not samples.any()
             if settings.device != "cpu":
                 samples = samples.pin_memory()
         except BadClip as reason:
@@ -927,10 +929,11 @@ class Output:
         return read_json(self.run) if any(self.blocks.glob("*.block")) else None
 
     def write_block(
-        self, clips: list[Clip], stage_s: Counter, how: str, model: EncodecModel
+        self, clips: list[Clip], stage_s: Counter, settings: Settings, model: EncodecModel
     ) -> None:
         started = time.perf_counter()
-        lines, counts = [], Counter()
+        how, shared = settings.aggregate, shared_frames(model, settings)
+        lines, counts, usage, same = [], Counter(), 0, 0
         for clip in clips:
             if clip.error:
                 counts["failed"] += 1
@@ -943,6 +946,13 @@ class Output:
             counts["chunks"] += clip.num_chunks
             counts["audio_s"] += clip.duration_s
             counts[str(rows.shape[1:])] += len(rows)
+            usage += np.stack([np.bincount(codes, minlength=1024) for codes in book_rows(rows)])
+            for first, second in zip(clip.codes[:-2], clip.codes[1:-1]):  # the last is off the grid
+                same += (first[:, shared[0]] == second[:, shared[1]]).sum(axis=1)
+                counts["shared_frames"] += len(shared[0])
+            if clip.duration_s < settings.target_duration:
+                counts["padded"] += 1
+                counts["padding_s"] += settings.target_duration - clip.duration_s
             counts["formulas"] += clip.fname[:1] in FORMULA or clip.labels[:1] in FORMULA
         stage_s["writing"] += time.perf_counter() - started
         facts = {
@@ -950,6 +960,11 @@ class Output:
             "counts": counts,
             "stage_s": stage_s,
             "failures": [(clip.fname, clip.error) for clip in clips if clip.error],
+            "silent": [clip.fname for clip in clips if clip.silent],
+            "usage": np.asarray(
+                usage
+            ).tolist(),  # [K][1024]: how often each code occurs in the rows
+            "same": np.asarray(same).tolist(),  # [K]: shared frames with the same code
         }
         body = json.dumps(facts, ensure_ascii=False).encode() + b"\n" + b"".join(lines)
         checksum = hashlib.sha256(body).hexdigest().encode() + b"\n"
@@ -1014,12 +1029,15 @@ class Output:
                 raise OSError(f"{self.block(index)} is gone or damaged")
             return block
 
-        counts, stage_s, failures = Counter(), Counter(), []
+        counts, stage_s, failures, silent = Counter(), Counter(), [], []
+        usage, same = np.zeros(1), np.zeros(1)
         for index in range(len(sizes)):
             facts, _ = read(index)
             counts.update(facts["counts"])
             stage_s.update(facts["stage_s"])
             failures += facts["failures"]
+            silent += facts["silent"]
+            usage, same = usage + np.array(facts["usage"]), same + np.array(facts["same"])
         self.failed.unlink(missing_ok=True)
         if failures:
             write_file(self.failed, map(csv_line, [("fname", "error"), *failures]))
@@ -1029,11 +1047,50 @@ class Output:
             self.json.unlink(missing_ok=True)  # it speaks for the CSV that goes now
             write_file(self.csv, chain([header], (read(index)[1] for index in range(len(sizes)))))
             facts = {**made_by, **results}
-            wall_s = time.perf_counter() - started
-            write_file(self.summary, [summary(facts, counts, stage_s, wall_s).encode()])
+            text = summary(facts, counts, stage_s, time.perf_counter() - started)
+            text += health(counts, usage, same, silent)
+            write_file(self.summary, [text.encode()])
             write_json(self.json, facts)
         self.run.unlink()
         return results
+
+
+def book_rows(rows: np.ndarray) -> np.ndarray:
+    """[R, K, F] -> [K, R * F]"""
+    return rows.transpose(1, 0, 2).reshape(rows.shape[1], -1)
+
+
+def shared_frames(model: EncodecModel, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """The frames that a chunk shares with the next one, hop_samples later: indices in each [S].
+
+    A frame is shared where the next chunk has one within half a frame of it.
+    """
+    chunk, frame = settings.chunk_samples, int(model.encoder.hop_length)
+    length = model.segment_length or chunk
+    starts = range(0, chunk, model.segment_stride or length)
+    times = np.concatenate([np.arange(s, min(s + length, chunk), frame) for s in starts])
+    distances = np.abs(times[:, None] - (times + settings.hop_samples))  # [F, F]
+    nearest = distances.argmin(axis=0)
+    is_shared = distances.min(axis=0) <= frame / 2
+    return nearest[is_shared], np.flatnonzero(is_shared)
+
+
+def health(counts: Counter, usage: np.ndarray, same: np.ndarray, silent: list[str]) -> str:
+    """What is in the tokens, for the summary. `usage` [K, 1024], `same` [K]: see write_block."""
+    lines = ["", "Token health:"]
+    for k, used in enumerate(usage):
+        share = used[used > 0] / used.sum()
+        perplexity = math.exp(-(share * np.log(share)).sum())
+        text = f"  codebook {k}: {len(share)} of 1024 codes in use ({len(share) / 1024:.1%})"
+        lines.append(f"{text}, perplexity {perplexity:.1f}")
+        if counts["shared_frames"]:
+            lines[-1] += f", same code in {same[k] / counts['shared_frames']:.1%} of shared frames"
+    lines.append("  (shared frames: those that two neighbouring chunks of a clip both cover)")
+    padded = f"Padded samples: {counts['padded']}"
+    if counts["padded"]:
+        padded += f", by {counts['padding_s'] / counts['padded']:.2f} s on average"
+    names = f": {', '.join(silent)}" if silent else ""
+    return "\n".join([*lines, padded, f"Silent samples: {len(silent)}{names}", ""])
 
 
 def summary(facts: dict, counts: Counter, stage_s: Counter, wall_s: float) -> str:
@@ -1169,7 +1226,7 @@ def tokenize_dataset(settings: Settings, dataset: Dataset, weights: Path | None)
             encode = make_encode(model, settings)
             with tqdm(total=num_clips, initial=done, disable=RANK > 0, **options) as bar:
                 for clips, stage_s in tokenize_blocks(mine, settings, dataset, encode, bar):
-                    output.write_block(clips, stage_s, settings.aggregate, model)
+                    output.write_block(clips, stage_s, settings, model)
                     if WORLD_SIZE > 1:  # show what all processes have done
                         there = map(Path.exists, map(output.block, range(len(sizes))))
                         bar.n = sum(size for size, is_there in zip(sizes, there) if is_there)

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -19,6 +20,12 @@ import encodec_tokenizer as script
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["encodec_tokenizer", "faults"])
+
+
+# What of a model is used beside its codes.
+MODEL = SimpleNamespace(
+    encoder=SimpleNamespace(hop_length=320), segment_length=None, segment_stride=None
+)
 
 
 def codes_of(chunks: torch.Tensor) -> torch.Tensor:
@@ -89,7 +96,7 @@ def child(
         time.sleep(slow_s)
         return codes_of(chunks), None
 
-    script.load_model = lambda *_: None
+    script.load_model = lambda *_: MODEL
     script.make_encode = lambda *_: encode
     if kill_at is not None:
         kill_at_step(kill_at)

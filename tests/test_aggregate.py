@@ -7,7 +7,7 @@ import reference
 import standin
 import torch
 
-from encodec_tokenizer import MODELS, Clip, aggregate
+from encodec_tokenizer import MODELS, Clip, aggregate, parse_settings, shared_frames
 
 
 def plain_latents(model, chunk):
@@ -90,3 +90,50 @@ def test_summary_counts_clips_and_rows(tokenized, tmp_path):
 def test_mean_rounds_half_to_even():
     clip = Clip(0, "a.wav", "", codes=[np.array([[0, 1, 3]]), np.array([[1, 2, 1023]])])
     assert aggregate(clip, "mean", None).tolist() == [[[0, 2, 513]]]
+
+
+@pytest.mark.parametrize(
+    "name, overlap, expected",
+    [
+        ("encodec_24khz", "0.1", (range(135, 150), range(15))),
+        ("encodec_24khz", "0.5", (range(75, 150), range(75))),
+        ("encodec_24khz", "0", ([], [])),
+    ],
+)
+def test_shared_frames_are_those_of_the_same_time(name, overlap, expected):
+    settings = parse_settings(["--model", name, "--overlap", overlap, "--device", "cpu"])
+    first, second = shared_frames(standin.plain_model(name), settings)
+    assert (first.tolist(), second.tolist()) == tuple(map(list, expected))
+
+
+def test_shared_frames_of_48_khz_lie_within_half_a_frame():
+    settings = parse_settings(["--model", "encodec_48khz", "--device", "cpu"])
+    first, second = shared_frames(standin.plain_model("encodec_48khz"), settings)
+    starts = [0] * 150 + [47_520] * 150 + [95_040] * 3
+    times = np.array([start + 320 * i for start, i in zip(starts, [*range(150)] * 2 + [*range(3)])])
+    apart = np.abs(times[first] - (times[second] + settings.hop_samples))
+    assert len(first) >= 30 and apart.max() <= 160
+
+
+def test_summary_tells_the_health_of_the_tokens(run, make_dataset, sound, weights, tmp_path):
+    clips = {
+        "long.wav": (sound(7.0), 44_100),
+        "short.wav": (sound(1.5), 44_100),
+        "silent.wav": (np.zeros(44_100), 44_100),
+    }
+    path = weights("encodec_24khz")
+    run("--input_dir", make_dataset(clips), "--aggregate", "none", weights=path)
+    table = pd.read_csv(tmp_path / "out" / "tokenized_train_curated.csv")
+    summary = (tmp_path / "out" / "summary_train_curated.txt").read_text()
+    rows = np.stack([tokens(table, name).reshape(-1, 8, 150) for name in ("long.wav",)])[0]
+    everything = table.filter(regex=r"^token_\d+$").to_numpy().reshape(-1, 8, 150)
+    for k in range(8):
+        used, times = np.unique(everything[:, k], return_counts=True)
+        perplexity = np.exp(-np.sum(times / times.sum() * np.log(times / times.sum())))
+        same = np.mean([rows[i, k, 135:] == rows[i + 1, k, :15] for i in range(len(rows) - 2)])
+        assert (
+            f"  codebook {k}: {len(used)} of 1024 codes in use ({len(used) / 1024:.1%}), "
+            f"perplexity {perplexity:.1f}, same code in {same:.1%} of shared frames\n"
+        ) in summary
+    assert "Padded samples: 2, by 0.75 s on average\n" in summary
+    assert "Silent samples: 1: silent.wav\n" in summary

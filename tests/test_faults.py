@@ -116,7 +116,8 @@ def test_every_damage_to_a_block_is_noticed(tmp_path, capsys):
     for clip in clips:
         clip.codes = [np.full((2, 3), clip.index)]
     clips[2].error = "empty"
-    output.write_block(clips, faults.script.Counter(), "mean", None)
+    settings = faults.script.parse_settings(["--device", "cpu"])
+    output.write_block(clips, faults.script.Counter(), settings, faults.MODEL)
     path = output.block(0)
     whole = path.read_bytes()
     facts, rows = output.read_block(0, 4)
