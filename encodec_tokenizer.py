@@ -860,6 +860,57 @@ def clip_rows(clip: Clip, how: str, rows: np.ndarray) -> list[bytes]:
     return [csv_line(facts + chunk[i] + row.ravel().tolist()) for i, row in enumerate(rows)]
 
 
+def shared_frames(model: EncodecModel, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """The frames that a chunk shares with the next one, hop_samples later: indices in each [S].
+
+    A frame is shared where the next chunk has one within half a frame of it.
+    """
+    chunk, frame = settings.chunk_samples, int(model.encoder.hop_length)
+    length = model.segment_length or chunk
+    starts = range(0, chunk, model.segment_stride or length)
+    times = np.concatenate([np.arange(s, min(s + length, chunk), frame) for s in starts])
+    distances = np.abs(times[:, None] - (times + settings.hop_samples))  # [F, F]
+    nearest = distances.argmin(axis=0)
+    is_shared = distances.min(axis=0) <= frame / 2
+    return nearest[is_shared], np.flatnonzero(is_shared)
+
+
+def block_rows(clips: list[Clip], settings: Settings, model: EncodecModel) -> tuple[list, dict]:
+    """A finished block as the lines of its rows, and as facts for the summary.
+
+    usage [K, 1024] is how often each code occurs in the rows; same [K], how often a frame that two
+    neighbouring chunks share has the same code in both (the last chunk, off the grid, left out).
+    """
+    how, (ends, starts) = settings.aggregate, shared_frames(model, settings)
+    lines, counts, usage, same = [], Counter(), np.zeros(1, int), np.zeros(1, int)
+    for clip in clips:
+        if clip.error:
+            counts["failed"] += 1
+            continue
+        rows = aggregate(clip, how, model)
+        lines += clip_rows(clip, how, rows)
+        padding_s = max(0.0, settings.target_duration - clip.duration_s)
+        formula = clip.fname[:1] in FORMULA or clip.labels[:1] in FORMULA
+        pairs = list(zip(clip.codes[:-2], clip.codes[1:-1]))
+        counts.update(tokenized=1, rows=len(rows), tokens=rows.size, chunks=clip.num_chunks)
+        counts.update(audio_s=clip.duration_s, padded=int(padding_s > 0), padding_s=padding_s)
+        counts.update({"formulas": int(formula), str(rows.shape[1:]): len(rows)})
+        counts.update(shared_frames=len(pairs) * len(ends))
+        usage = usage + np.stack(
+            [np.bincount(k.ravel(), minlength=1024) for k in rows.swapaxes(0, 1)]
+        )
+        same = same + sum((one[:, ends] == next_[:, starts]).sum(axis=1) for one, next_ in pairs)
+    facts = {
+        "num_clips": len(clips),
+        "counts": counts,
+        "failures": [(clip.fname, clip.error) for clip in clips if clip.error],
+        "silent": [clip.fname for clip in clips if clip.silent],
+        "usage": usage.tolist(),
+        "same": same.tolist(),
+    }
+    return lines, facts
+
+
 # -------------------------------------------------------------------------------------------- files
 
 
@@ -928,47 +979,10 @@ class Output:
         """What an unfinished run was started with; None where there is none, or without a block."""
         return read_json(self.run) if any(self.blocks.glob("*.block")) else None
 
-    def write_block(
-        self, clips: list[Clip], stage_s: Counter, settings: Settings, model: EncodecModel
-    ) -> None:
-        started = time.perf_counter()
-        how, shared = settings.aggregate, shared_frames(model, settings)
-        lines, counts, usage, same = [], Counter(), 0, 0
-        for clip in clips:
-            if clip.error:
-                counts["failed"] += 1
-                continue
-            rows = aggregate(clip, how, model)
-            lines += clip_rows(clip, how, rows)
-            counts["tokenized"] += 1
-            counts["rows"] += len(rows)
-            counts["tokens"] += rows.size
-            counts["chunks"] += clip.num_chunks
-            counts["audio_s"] += clip.duration_s
-            counts[str(rows.shape[1:])] += len(rows)
-            usage += np.stack([np.bincount(codes, minlength=1024) for codes in book_rows(rows)])
-            for first, second in zip(clip.codes[:-2], clip.codes[1:-1]):  # the last is off the grid
-                same += (first[:, shared[0]] == second[:, shared[1]]).sum(axis=1)
-                counts["shared_frames"] += len(shared[0])
-            if clip.duration_s < settings.target_duration:
-                counts["padded"] += 1
-                counts["padding_s"] += settings.target_duration - clip.duration_s
-            counts["formulas"] += clip.fname[:1] in FORMULA or clip.labels[:1] in FORMULA
-        stage_s["writing"] += time.perf_counter() - started
-        facts = {
-            "num_clips": len(clips),
-            "counts": counts,
-            "stage_s": stage_s,
-            "failures": [(clip.fname, clip.error) for clip in clips if clip.error],
-            "silent": [clip.fname for clip in clips if clip.silent],
-            "usage": np.asarray(
-                usage
-            ).tolist(),  # [K][1024]: how often each code occurs in the rows
-            "same": np.asarray(same).tolist(),  # [K]: shared frames with the same code
-        }
+    def write_block(self, index: int, lines: list[bytes], facts: dict) -> None:
         body = json.dumps(facts, ensure_ascii=False).encode() + b"\n" + b"".join(lines)
         checksum = hashlib.sha256(body).hexdigest().encode() + b"\n"
-        write_file(self.block(clips[0].index // BLOCK_CLIPS), [checksum, body])
+        write_file(self.block(index), [checksum, body])
 
     def read_block(self, index: int, num_clips: int) -> tuple[dict, bytes] | None:
         """A block's facts and rows; None where there is none of so many clips that is whole."""
@@ -1053,26 +1067,6 @@ class Output:
             write_json(self.json, facts)
         self.run.unlink()
         return results
-
-
-def book_rows(rows: np.ndarray) -> np.ndarray:
-    """[R, K, F] -> [K, R * F]"""
-    return rows.transpose(1, 0, 2).reshape(rows.shape[1], -1)
-
-
-def shared_frames(model: EncodecModel, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """The frames that a chunk shares with the next one, hop_samples later: indices in each [S].
-
-    A frame is shared where the next chunk has one within half a frame of it.
-    """
-    chunk, frame = settings.chunk_samples, int(model.encoder.hop_length)
-    length = model.segment_length or chunk
-    starts = range(0, chunk, model.segment_stride or length)
-    times = np.concatenate([np.arange(s, min(s + length, chunk), frame) for s in starts])
-    distances = np.abs(times[:, None] - (times + settings.hop_samples))  # [F, F]
-    nearest = distances.argmin(axis=0)
-    is_shared = distances.min(axis=0) <= frame / 2
-    return nearest[is_shared], np.flatnonzero(is_shared)
 
 
 def health(counts: Counter, usage: np.ndarray, same: np.ndarray, silent: list[str]) -> str:
@@ -1226,7 +1220,11 @@ def tokenize_dataset(settings: Settings, dataset: Dataset, weights: Path | None)
             encode = make_encode(model, settings)
             with tqdm(total=num_clips, initial=done, disable=RANK > 0, **options) as bar:
                 for clips, stage_s in tokenize_blocks(mine, settings, dataset, encode, bar):
-                    output.write_block(clips, stage_s, settings, model)
+                    begun = time.perf_counter()
+                    lines, facts = block_rows(clips, settings, model)
+                    stage_s["writing"] += time.perf_counter() - begun
+                    facts["stage_s"] = stage_s
+                    output.write_block(clips[0].index // BLOCK_CLIPS, lines, facts)
                     if WORLD_SIZE > 1:  # show what all processes have done
                         there = map(Path.exists, map(output.block, range(len(sizes))))
                         bar.n = sum(size for size, is_there in zip(sizes, there) if is_there)

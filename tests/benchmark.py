@@ -299,7 +299,8 @@ def measure_end_to_end(folder: Path, weights: Path, device: str, rounds: int) ->
                 bar = tqdm(disable=True)
                 blocks = script.tokenize_blocks(todo, settings, dataset, encode, bar)
                 for clips, block_s in blocks:
-                    output.write_block(clips, block_s, settings, model)
+                    lines, facts = script.block_rows(clips, settings, model)
+                    output.write_block(clips[0].index // script.BLOCK_CLIPS, lines, facts)
                     stage_s.update(block_s)
 
             whole.append(seconds(pipeline, settings.device))

@@ -15,7 +15,7 @@ import pytest
 import soundfile
 from conftest import ROOT
 
-from encodec_tokenizer import BLOCK_CLIPS, Clip, Output
+from encodec_tokenizer import BLOCK_CLIPS, Clip, Output, block_rows
 
 CLIPS = BLOCK_CLIPS * 5 // 2
 BLOCKS = 3
@@ -117,7 +117,7 @@ def test_every_damage_to_a_block_is_noticed(tmp_path, capsys):
         clip.codes = [np.full((2, 3), clip.index)]
     clips[2].error = "empty"
     settings = faults.script.parse_settings(["--device", "cpu"])
-    output.write_block(clips, faults.script.Counter(), settings, faults.MODEL)
+    output.write_block(0, *block_rows(clips, settings, faults.MODEL))
     path = output.block(0)
     whole = path.read_bytes()
     facts, rows = output.read_block(0, 4)
