@@ -40,6 +40,7 @@ from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache
 from importlib.metadata import distributions, version
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -158,6 +159,8 @@ class Settings:
     workers: int
     max_duration: float  # seconds
     max_samples: int | None
+    listen: int
+    plot: bool
     overwrite: bool
     debug: bool
 
@@ -212,7 +215,9 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     add("workers", None, "threads that read clips ahead (default: 2; CUDA: 8)", type=count)
     add("max_duration", 600.0, "seconds; longer clips fail", type=number(float, 0.1, 1e6))
     add("max_samples", None, "only the first N rows (default: all)", type=count, metavar="N")
+    add("listen", 0, "also WAVs of what N rows keep", type=number(int, 0, 10**9), metavar="N")
     for flag, help in {
+        "--plot": "also a picture of the tokens (needs matplotlib)",
         "--overwrite": "replace output that was made with other settings, or make it anew",
         "--debug": "print every clip, and tracebacks",
     }.items():
@@ -951,6 +956,8 @@ class Output:
         self.json = folder / f"tokenized_{stem}.json"
         self.summary = folder / f"summary_{stem}.txt"
         self.failed = folder / f"failed_{stem}.csv"
+        self.picture = folder / f"summary_{stem}.png"
+        self.listen = folder / f"listen_{stem}"
         self.blocks = folder / f"tokenized_{stem}.blocks"
         self.run = self.blocks / "run.json"  # what the unfinished run was started with, by whom
         self.lock = filelock.FileLock(self.blocks / "lock")
@@ -1120,6 +1127,107 @@ def summary(facts: dict, counts: Counter, stage_s: Counter, wall_s: float) -> st
     return "\n".join(lines) + "\n"
 
 
+# --------------------------------------------------------------------------- pictures and listening
+
+
+def first_chunk(settings: Settings, dataset: Dataset, fname: str) -> torch.Tensor:
+    """A clip's first chunk as the model hears it: [C, T] at the model's rate. Raises BadClip."""
+    spec, path = MODELS[settings.model], clip_path(dataset.audio_dir, fname)
+    samples, rate, _ = load_clip(path, spec.channels, settings.max_duration)
+    audio = resampler(rate, spec.sample_rate, "cpu")(samples)
+    return split_chunks(audio, settings.chunk_samples, settings.hop_samples)[0]
+
+
+def first_rows(path: Path, num_clips: int) -> list[tuple[str, np.ndarray]]:
+    """The first clips in the CSV: the name and the codes [K, F] of the first row of each."""
+    rows: dict[str, np.ndarray] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            codes = np.array([row[f"token_{i}"] for i in range(int(row["num_tokens"]))], dtype=int)
+            shape = tuple(map(int, re.findall(r"\d+", row["token_shape"])))
+            rows.setdefault(row["fname"], codes.reshape(shape))
+            if len(rows) == num_clips:
+                break
+    return list(rows.items())
+
+
+@torch.no_grad()
+def write_listening(
+    settings: Settings, dataset: Dataset, output: Output, weights: Path | None
+) -> None:
+    """Pairs of WAV files for the first clips: their first chunk, and what their row decodes to."""
+    model = load_model(settings, weights)
+    output.listen.mkdir(exist_ok=True)
+    for i, (fname, codes) in enumerate(first_rows(output.csv, settings.listen)):
+        try:
+            heard = first_chunk(settings, dataset, fname)
+        except BadClip as reason:
+            say(f"note: {fname} cannot be heard: {reason}")
+            continue
+        frames = model.encode(heard[None])  # for the segments and their volumes
+        parts = torch.from_numpy(codes).split([c.shape[2] for c, _ in frames], dim=1)
+        scaled = [(part[None], scale) for part, (_, scale) in zip(parts, frames)]
+        decoded = model.decode(scaled)[0, :, : heard.shape[1]]
+        name = f"{i:03d}_{re.sub(r'[^A-Za-z0-9_-]', '_', Path(fname).stem)}"
+        for kind, audio in {"heard": heard, "tokens": decoded}.items():
+            sf.write(output.listen / f"{name}_{kind}.wav", audio.T.numpy(), model.sample_rate)
+
+
+def write_picture(settings: Settings, dataset: Dataset, output: Output) -> None:
+    """Durations, chunks, codes in use, and the token maps of three clips under their waveforms."""
+    from matplotlib.figure import Figure
+
+    parts = pd.read_csv(output.csv, keep_default_na=False, chunksize=1000)
+    durations, chunks, usage = [], [], 0
+    for part in parts:
+        once = part.drop_duplicates("fname")
+        durations += once["duration_sec"].tolist()
+        chunks += once["num_chunks"].tolist()
+        shape = tuple(map(int, re.findall(r"\d+", part["token_shape"].iloc[0])))
+        codes = part.filter(regex=r"^token_\d+$").to_numpy().reshape(-1, *shape).swapaxes(0, 1)
+        usage = usage + np.stack([np.bincount(k.ravel(), minlength=1024) for k in codes])
+    share = usage / usage.sum(axis=1, keepdims=True)
+    entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(axis=1)
+
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.5))
+    lengths, counts, books = top.subplots(1, 3)
+    lengths.hist(durations, bins=40, color="#0072b2")
+    lengths.set(xlabel="duration of a clip (s)", ylabel="clips")
+    values, times = np.unique(chunks, return_counts=True)
+    counts.bar(values, times, color="#0072b2")
+    counts.set(xlabel="chunks of a clip", ylabel="clips")
+    for axis in (lengths.yaxis, counts.xaxis, counts.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    numbers = np.arange(len(usage))
+    books.bar(numbers - 0.2, (usage > 0).sum(axis=1), 0.4, color="#0072b2", label="codes in use")
+    books.bar(numbers + 0.2, np.exp(entropy), 0.4, color="#e69f00", label="perplexity")
+    books.set(xlabel="codebook", ylabel="of 1024 codes", xticks=numbers)
+    books.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+
+    panels = bottom.subplots(2, 3, sharex="col", squeeze=False, height_ratios=(1, 2))
+    for (wave, tokens), (fname, codes) in zip(panels.T, first_rows(output.csv, 3)):
+        try:
+            heard = first_chunk(settings, dataset, fname)[0]
+        except BadClip:
+            heard = torch.zeros(settings.chunk_samples)
+        span = (0, settings.target_duration)
+        wave.plot(np.linspace(*span, len(heard)), heard, color="black", linewidth=0.4)
+        wave.set(xlim=span, yticks=[])
+        wave.set_title(fname, fontsize="medium", parse_math=False)
+        image = tokens.imshow(
+            codes, aspect="auto", cmap="cividis", vmin=0, vmax=1023, interpolation="nearest",
+            extent=(*span, len(codes) - 0.5, -0.5),
+        )  # fmt: skip
+        tokens.set(xlabel="time in the chunk (s)", ylabel="codebook")
+    for axis in panels.T[len(first_rows(output.csv, 3)) :].ravel():
+        axis.set_axis_off()
+    bottom.colorbar(image, ax=panels[1].tolist(), label="code", pad=0.01)
+    for axis in (lengths, counts, books, *panels[0]):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output.picture, dpi=150)
+
+
 # ---------------------------------------------------------------------------------------------- run
 
 
@@ -1254,6 +1362,8 @@ def from_first_rank(value: object) -> object:
 
 def run(settings: Settings) -> int:
     """All that the command asks for. Returns the exit status."""
+    if settings.plot and not find_spec("matplotlib"):
+        raise UserError("--plot needs matplotlib:  pip install matplotlib")
     stems = [settings.metadata.stem] if settings.metadata else STEMS[settings.dataset]
     datasets = [find_dataset(settings, stem) for stem in stems]
     weights = find_weights(settings)
@@ -1266,7 +1376,17 @@ def run(settings: Settings) -> int:
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     try:
-        return max(tokenize_dataset(settings, dataset, weights) for dataset in datasets)
+        statuses = []
+        for dataset in datasets:
+            statuses.append(tokenize_dataset(settings, dataset, weights))
+            output = Output(settings.output_dir, dataset.stem)
+            if settings.plot and RANK == statuses[-1] == 0:
+                write_picture(settings, dataset, output)
+                print(f"Picture: {output.picture}")
+            if settings.listen and RANK == statuses[-1] == 0:
+                write_listening(settings, dataset, output, weights)
+                print(f"To listen: {output.listen}")
+        return max(statuses)
     finally:
         torch.set_num_threads(THREADS)
         if WORLD_SIZE > 1:

@@ -172,8 +172,8 @@ def test_a_signal_ends_the_run_within_ten_seconds_and_it_can_go_on(number, statu
         started = time.perf_counter()
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-        if process.returncode == 0:  # it was finished before
-            continue
+        if process.returncode in (0, -number) and not data.blocks("out").exists():
+            continue  # all was done: the signal met Python on its way out, or nobody
         assert time.perf_counter() - started < 10
         assert process.returncode == status
         assert "the same command goes on" in err and "Traceback" not in err

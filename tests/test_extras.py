@@ -1,0 +1,62 @@
+"""Pictures and sounds of the tokens."""
+
+import numpy as np
+import pytest
+import reference
+import soundfile
+import standin
+import torch
+from conftest import ROOT
+
+from encodec_tokenizer import MODELS
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_listen_writes_what_the_model_hears_and_what_the_row_keeps(
+    name, run, make_dataset, sound, weights, tmp_path
+):
+    clips = {"a $1.wav": (sound(1.5), 44_100), "b.wav": (sound(3.0, seed=1), 44_100)}
+    root = make_dataset({**clips, "c.wav": (sound(0.5), 44_100)})
+    flags = ["--model", name, "--aggregate", "none", "--listen", "2"]
+    status, out, _ = run("--input_dir", root, *flags, weights=weights(name))
+    folder = tmp_path / "out" / "listen_train_curated"
+    assert status == 0 and str(folder) in out
+    names = ["000_a__1", "001_b"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        f"{name}_{kind}.wav" for name in names for kind in ("heard", "tokens")
+    ]
+    model = standin.plain_model(name, weights(name))
+    model.set_target_bandwidth(6.0)
+    for clip, stem in zip(clips, names):
+        audio = reference.load(root / "train_curated" / clip, model.sample_rate, model.channels)
+        chunk = reference.chunks(audio, model.sample_rate)[0]
+        decoded = model.decode(model.encode(chunk[None]))[0, :, : chunk.shape[1]]
+        for kind, expected in {"heard": chunk, "tokens": decoded}.items():
+            samples, rate = soundfile.read(folder / f"{stem}_{kind}.wav", always_2d=True)
+            assert rate == model.sample_rate
+            assert np.allclose(samples.T, expected.clamp(-1, 1), atol=1e-3)
+
+
+@pytest.mark.parametrize("flags", [[], ["--model", "encodec_48khz", "--aggregate", "none"]])
+def test_plot_writes_a_picture(flags, run, make_dataset, sound, tmp_path):
+    root = make_dataset({"a $1 $.wav": (sound(1.0), 44_100), "b.wav": (sound(4.0), 44_100)})
+    status, out, _ = run("--input_dir", root, "--plot", *flags)
+    path = tmp_path / "out" / "summary_train_curated.png"
+    assert status == 0 and str(path) in out
+    assert path.read_bytes().startswith(b"\x89PNG")
+    # A finished run is not made again for a picture.
+    path.unlink()
+    status, _, err = run("--input_dir", root, "--plot", *flags)
+    assert status == 0 and "is finished already" in err and path.exists()
+
+
+def test_plot_without_matplotlib_is_one_sentence(run, monkeypatch):
+    monkeypatch.setattr("encodec_tokenizer.find_spec", lambda name: None)
+    status, _, err = run("--dataset", "sample", "--plot")
+    assert status == 2 and "pip install matplotlib" in err
+
+
+def test_matplotlib_is_imported_only_for_a_picture():
+    code = (ROOT / "encodec_tokenizer.py").read_text()
+    assert all(line.startswith("    ") for line in code.splitlines() if "import Figure" in line)
