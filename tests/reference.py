@@ -48,6 +48,16 @@ def codes(model: EncodecModel, chunk: torch.Tensor) -> np.ndarray:
     return torch.cat([frame_codes[0] for frame_codes, _ in frames], dim=1).numpy()
 
 
+def agreement(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The share of tokens [..., K, F] that are equal, a frame's only up to its first difference.
+
+    Where rounding decides a near tie, the codebooks after it quantize another residual: one cause.
+    """
+    differs = np.asarray(ours) != np.asarray(theirs)
+    counted = np.cumsum(differs, axis=-2) - differs == 0
+    return 1 - differs[counted].mean()
+
+
 def row(model: EncodecModel, path: Path, target_s: float = 2.0, overlap: float = 0.1) -> np.ndarray:
     """The tokens of a clip's row, before flattening: [K, F]."""
     audio = load(path, model.sample_rate, model.channels)
