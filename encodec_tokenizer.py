@@ -1308,7 +1308,7 @@ def tokenize_blocks(
             if settings.debug:
                 say(describe(clip))
         speed = audio_s / (time.perf_counter() - started)
-        bar.set_postfix_str(f"{speed:.0f} s of audio/s, {failed} failed")
+        bar.set_postfix_str(f"{speed:.0f} s of audio/s, {failed} failed", refresh=False)
         if batch.closes:
             yield batch.closes, Counter(stage_s)
             stage_s.clear()
