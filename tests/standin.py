@@ -64,8 +64,8 @@ def varied_audio(rate: int, channels: int, seconds: int, seed: int) -> torch.Ten
 
 
 @torch.no_grad()
-def stand_in(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A state dict for the model of that name. Takes some 20 s."""
+def stand_in(name: str, seed: int = 0, num_codebooks: int = 32) -> dict[str, torch.Tensor]:
+    """A state dict for the model of that name. Takes some 20 s, less with fewer codebooks."""
     torch.manual_seed(seed)
     model = plain_model(name)
 
@@ -87,7 +87,7 @@ def stand_in(name: str, seed: int = 0) -> dict[str, torch.Tensor]:
     for hook in hooks:
         hook.remove()
 
-    layers = model.quantizer.vq.layers
+    layers = model.quantizer.vq.layers[:num_codebooks]
     seconds = -(-len(layers) * FRAMES_PER_CODEBOOK // model.frame_rate)
     audio = normalized(varied_audio(model.sample_rate, model.channels, int(seconds), seed + 1))
     latents = torch.cat([model.encoder(second[None])[0].T for second in audio])
