@@ -426,8 +426,8 @@ def load_clip(path: Path, channels: int, max_duration_s: float) -> tuple[torch.T
 
 
 def mix_channels(samples: torch.Tensor, channels: int) -> torch.Tensor:
-    """[C, T] -> [channels, T]: stereo as it is where two are wanted, else the mean of all."""
-    if samples.shape[0] == channels == 2:
+    """[C, T] -> [channels, T]: as they are where so many are wanted, else the mean of all."""
+    if samples.shape[0] == channels:
         return samples
     return samples.mean(dim=0, keepdim=True).repeat(channels, 1)
 

@@ -276,6 +276,7 @@ def measure_end_to_end(folder: Path, weights: Path, device: str, rounds: int) ->
     settings = script.parse_settings(["--input_dir", str(folder), "--device", device])
     dataset = script.find_dataset(settings, "train_curated")
     todo = list(range(-(-len(dataset.clips) // script.BLOCK_CLIPS)))
+    torch.set_num_threads(1)  # as the script does
     # The model is made ready once, beforehand, and shared: load time is not what is compared.
     model = script.load_model(settings, weights)
     encode = script.make_encode(model, settings)
