@@ -97,6 +97,15 @@ def test_the_path_of_a_gpu_gives_the_same_codes(name, weights, monkeypatch):
     assert reference.agreement(ours, encoder(name, weights(name))(chunks)) >= 0.999
 
 
+def test_a_cpu_without_avx_512_gives_the_same_codes(weights, monkeypatch):
+    chunks = chunks_of("encodec_24khz", 2.0, 4)
+    ours = encoder("encodec_24khz", weights("encodec_24khz"))(chunks)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.delattr(torch.ops, "mkldnn")
+    other = encoder("encodec_24khz", weights("encodec_24khz"))(chunks)
+    assert reference.agreement(ours, other) >= 0.999
+
+
 def test_out_of_memory_halves_the_batch_and_gives_the_same_codes(weights, monkeypatch):
     name, limit = "encodec_24khz", 3
     chunks = chunks_of(name, 1.0, 8)
