@@ -1093,7 +1093,7 @@ class Output:
 
 
 def health(counts: Counter, usage: np.ndarray, same: np.ndarray, silent: list[str]) -> str:
-    """What is in the tokens, for the summary. `usage` [K, 1024], `same` [K]: see write_block."""
+    """What is in the tokens, for the summary. `usage` [K, 1024], `same` [K]: see block_rows."""
     lines = ["", "Token health:"]
     for k, used in enumerate(usage):
         share = used[used > 0] / used.sum()
