@@ -1366,6 +1366,20 @@ def tokenize_dataset(settings: Settings, dataset: Dataset, weights: Path | None)
     return 0
 
 
+def join_processes() -> None:
+    """Make torchrun's processes a gloo group.
+
+    After a restart torchrun's store still holds the addresses of the processes that died (torch
+    2.11): each attempt gets a prefix of its own, as torch itself did before.
+    """
+    patience, attempt = timedelta(days=30), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=patience))
+    store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=size, timeout=patience
+    )
+
+
 def from_first_rank(value: object) -> object:
     """What the first of torchrun's processes has for `value`, once all have come here."""
     if WORLD_SIZE == 1:
@@ -1390,7 +1404,7 @@ def run(settings: Settings) -> int:
     torch.backends.cudnn.deterministic = True
     torch.set_num_threads(1)  # for every thread: no sum depends on the number of cores
     if WORLD_SIZE > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        join_processes()
     try:
         statuses = []
         for dataset in datasets:
