@@ -675,7 +675,7 @@ class FastConv:
     The same sums, laid out for a CPU: with a frame's channels side by side, a kernel of 1 is a
     matrix product, and a kernel of twice the stride (all strided convolutions of EnCodec) is two,
     over a view of the input; the ELU writes into the padded input. On 2 cores EnCodec's own
-    modules, chunk by chunk and with `elu`, take 1.4 to 1.5 times as long.
+    modules, chunk by chunk and with `elu`, take 1.5 times as long.
     """
 
     def __init__(self, module: SConv1d, after_elu: bool) -> None:
@@ -739,7 +739,7 @@ class FastEncoder:
         self.batch_size = batch_size
         self.convolutions: list[Callable[[torch.Tensor], torch.Tensor]] = []
         after_elu = False
-        for module in model.encoder.model:
+        for module in model.encoder.model[:-1]:
             if isinstance(module, SConv1d):
                 self.convolutions.append(FastConv(module, after_elu))
             elif isinstance(module, SEANetResnetBlock):
@@ -747,8 +747,8 @@ class FastEncoder:
             elif isinstance(module, SLSTM):
                 self.lstm = module.lstm
             after_elu = isinstance(module, torch.nn.ELU)
-        self.convolutions.pop()
-        self.last = module  # EnCodec's own: over 3,584 terms a sum it rounds less, and costs little
+        # EnCodec's own: over 3,584 terms a sum it rounds less, and costs little.
+        self.last = model.encoder.model[-1]
 
     @staticmethod
     def residual_block(module: SEANetResnetBlock) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -896,6 +896,11 @@ def shared_frames(model: EncodecModel, settings: Settings) -> tuple[np.ndarray, 
     return nearest[is_shared], np.flatnonzero(is_shared)
 
 
+def code_usage(codes: np.ndarray) -> np.ndarray:
+    """[R, K, F] -> [K, 1024]: how often each code occurs."""
+    return np.stack([np.bincount(k.ravel(), minlength=1024) for k in codes.swapaxes(0, 1)])
+
+
 def block_rows(clips: list[Clip], settings: Settings, model: EncodecModel) -> tuple[list, dict]:
     """A finished block as the lines of its rows, and as facts for the summary.
 
@@ -917,9 +922,7 @@ def block_rows(clips: list[Clip], settings: Settings, model: EncodecModel) -> tu
         counts.update(audio_s=clip.duration_s, padded=int(padding_s > 0), padding_s=padding_s)
         counts.update({"formulas": int(formula), str(rows.shape[1:]): len(rows)})
         counts.update(shared_frames=len(pairs) * len(ends))
-        usage = usage + np.stack(
-            [np.bincount(k.ravel(), minlength=1024) for k in rows.swapaxes(0, 1)]
-        )
+        usage = usage + code_usage(rows)
         same = same + sum((one[:, ends] == next_[:, starts]).sum(axis=1) for one, next_ in pairs)
     facts = {
         "num_clips": len(clips),
@@ -1092,14 +1095,18 @@ class Output:
         return results
 
 
+def perplexity(usage: np.ndarray) -> np.ndarray:
+    """How many codes, used evenly, would be as varied as those counted in [K, 1024]: [K]."""
+    share = usage / usage.sum(axis=1, keepdims=True)
+    return np.exp(-(share * np.log(np.where(share > 0, share, 1))).sum(axis=1))
+
+
 def health(counts: Counter, usage: np.ndarray, same: np.ndarray, silent: list[str]) -> str:
     """What is in the tokens, for the summary. `usage` [K, 1024], `same` [K]: see block_rows."""
     lines = ["", "Token health:"]
-    for k, used in enumerate(usage):
-        share = used[used > 0] / used.sum()
-        perplexity = math.exp(-(share * np.log(share)).sum())
-        text = f"  codebook {k}: {len(share)} of 1024 codes in use ({len(share) / 1024:.1%})"
-        lines.append(f"{text}, perplexity {perplexity:.1f}")
+    for k, (used, even) in enumerate(zip((usage > 0).sum(axis=1), perplexity(usage))):
+        text = f"  codebook {k}: {used} of 1024 codes in use ({used / 1024:.1%})"
+        lines.append(f"{text}, perplexity {even:.1f}")
         if counts["shared_frames"]:
             lines[-1] += f", same code in {same[k] / counts['shared_frames']:.1%} of shared frames"
     lines.append("  (shared frames: those that two neighbouring chunks of a clip both cover)")
@@ -1154,16 +1161,23 @@ def first_chunk(settings: Settings, dataset: Dataset, fname: str) -> torch.Tenso
     return split_chunks(audio, settings.chunk_samples, settings.hop_samples)[0]
 
 
+def read_rows(path: Path) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
+    """The CSV in parts: some rows, and their codes [R, K, F]."""
+    options = {"dtype": {"fname": str}, "keep_default_na": False, "chunksize": BLOCK_CLIPS}
+    for table in pd.read_csv(path, **options):
+        shape = map(int, re.findall(r"\d+", table["token_shape"].iloc[0]))
+        yield table, table.filter(regex=r"^token_\d+$").to_numpy().reshape(-1, *shape)
+
+
 def first_rows(path: Path, num_clips: int) -> list[tuple[str, np.ndarray]]:
     """The first clips in the CSV: the name and the codes [K, F] of the first row of each."""
     rows: dict[str, np.ndarray] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            codes = np.array([row[f"token_{i}"] for i in range(int(row["num_tokens"]))], dtype=int)
-            shape = tuple(map(int, re.findall(r"\d+", row["token_shape"])))
-            rows.setdefault(row["fname"], codes.reshape(shape))
-            if len(rows) == num_clips:
-                break
+    for table, codes in read_rows(path):
+        for fname, one in zip(table["fname"], codes):
+            if len(rows) < num_clips:
+                rows.setdefault(fname, one)
+        if len(rows) == num_clips:
+            break
     return list(rows.items())
 
 
@@ -1193,36 +1207,30 @@ def write_picture(settings: Settings, dataset: Dataset, output: Output) -> None:
     """Durations, chunks, codes in use, and the token maps of three clips under their waveforms."""
     from matplotlib.figure import Figure
 
-    parts = pd.read_csv(output.csv, keep_default_na=False, chunksize=1000)
-    durations, chunks, usage = [], [], 0
-    for part in parts:
-        once = part.drop_duplicates("fname")
-        durations += once["duration_sec"].tolist()
-        chunks += once["num_chunks"].tolist()
-        shape = tuple(map(int, re.findall(r"\d+", part["token_shape"].iloc[0])))
-        codes = part.filter(regex=r"^token_\d+$").to_numpy().reshape(-1, *shape).swapaxes(0, 1)
-        usage = usage + np.stack([np.bincount(k.ravel(), minlength=1024) for k in codes])
-    share = usage / usage.sum(axis=1, keepdims=True)
-    entropy = -(share * np.log(np.where(share > 0, share, 1))).sum(axis=1)
+    clips, usage = [], 0
+    for table, codes in read_rows(output.csv):
+        clips.append(table[["fname", "duration_sec", "num_chunks"]])
+        usage = usage + code_usage(codes)
+    clips, firsts = pd.concat(clips).drop_duplicates("fname"), first_rows(output.csv, 3)
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.5))
     lengths, counts, books = top.subplots(1, 3)
-    lengths.hist(durations, bins=40, color="#0072b2")
+    lengths.hist(clips["duration_sec"], bins=40, color="#0072b2")
     lengths.set(xlabel="duration of a clip (s)", ylabel="clips")
-    values, times = np.unique(chunks, return_counts=True)
+    values, times = np.unique(clips["num_chunks"], return_counts=True)
     counts.bar(values, times, color="#0072b2")
     counts.set(xlabel="chunks of a clip", ylabel="clips")
     for axis in (lengths.yaxis, counts.xaxis, counts.yaxis):
         axis.get_major_locator().set_params(integer=True)
     numbers = np.arange(len(usage))
     books.bar(numbers - 0.2, (usage > 0).sum(axis=1), 0.4, color="#0072b2", label="codes in use")
-    books.bar(numbers + 0.2, np.exp(entropy), 0.4, color="#e69f00", label="perplexity")
+    books.bar(numbers + 0.2, perplexity(usage), 0.4, color="#e69f00", label="perplexity")
     books.set(xlabel="codebook", ylabel="of 1024 codes", xticks=numbers)
     books.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
 
     panels = bottom.subplots(2, 3, sharex="col", squeeze=False, height_ratios=(1, 2))
-    for (wave, tokens), (fname, codes) in zip(panels.T, first_rows(output.csv, 3)):
+    for (wave, tokens), (fname, codes) in zip(panels.T, firsts):
         try:
             heard = first_chunk(settings, dataset, fname)[0]
         except BadClip:
@@ -1236,7 +1244,7 @@ def write_picture(settings: Settings, dataset: Dataset, output: Output) -> None:
             extent=(*span, len(codes) - 0.5, -0.5),
         )  # fmt: skip
         tokens.set(xlabel="time in the chunk (s)", ylabel="codebook")
-    for axis in panels.T[len(first_rows(output.csv, 3)) :].ravel():
+    for axis in panels.T[len(firsts) :].ravel():
         axis.set_axis_off()
     bottom.colorbar(image, ax=panels[1].tolist(), label="code", pad=0.01)
     for axis in (lengths, counts, books, *panels[0]):
@@ -1370,7 +1378,7 @@ def join_processes() -> None:
     """Make torchrun's processes a gloo group.
 
     After a restart torchrun's store still holds the addresses of the processes that died (torch
-    2.11): each attempt gets a prefix of its own, as torch itself did before.
+    2.11): each attempt gets a prefix of its own.
     """
     patience, attempt = timedelta(days=30), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store, rank, size = next(torch.distributed.rendezvous("env://", timeout=patience))

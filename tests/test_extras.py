@@ -1,13 +1,18 @@
 """Pictures and sounds of the tokens."""
 
+import subprocess
+import sys
+
 import aggregations
 import numpy as np
+import pandas as pd
 import pytest
 import reference
 import soundfile
 import standin
 import torch
 from conftest import ROOT
+from matplotlib.figure import Figure
 
 from encodec_tokenizer import MODELS
 
@@ -59,8 +64,28 @@ def test_plot_without_matplotlib_is_one_sentence(run, monkeypatch):
 
 
 def test_matplotlib_is_imported_only_for_a_picture():
-    code = (ROOT / "encodec_tokenizer.py").read_text()
-    assert all(line.startswith("    ") for line in code.splitlines() if "import Figure" in line)
+    code = "import sys, encodec_tokenizer; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_picture_shows_what_the_csv_holds(run, make_dataset, sound, tmp_path, monkeypatch):
+    clips = {f"{i}.wav": (sound(s, seed=i), 44_100) for i, s in enumerate((0.5, 1.5, 3.0, 5.0))}
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda *a, **k: (figures.append(a[0]), save(*a, **k)))
+    assert run("--input_dir", make_dataset(clips), "--aggregate", "none", "--plot")[0] == 0
+    table = pd.read_csv(tmp_path / "out" / "tokenized_train_curated.csv")
+    codes = table.filter(regex=r"^token_\d+$").to_numpy().reshape(-1, 8, 150)
+    lengths, counts, books, *panels = figures[0].axes
+    assert sum(bar.get_height() for bar in lengths.patches) == len(clips)
+    assert {bar.get_x() + 0.4: bar.get_height() for bar in counts.patches} == {1: 2, 2: 1, 3: 1}
+    heights = [bar.get_height() for bar in books.patches]
+    assert heights[:8] == [len(np.unique(codes[:, k])) for k in range(8)]
+    for k, height in enumerate(heights[8:]):
+        share = np.unique(codes[:, k], return_counts=True)[1] / codes[:, k].size
+        assert np.isclose(height, np.prod(share**-share))
+    maps = [axis.images[0].get_array() for axis in panels if axis.images]
+    assert [axis.get_title() for axis in panels[:3]] == ["0.wav", "1.wav", "2.wav"]
+    assert all(np.array_equal(shown, codes[row]) for shown, row in zip(maps, (0, 1, 2)))
 
 
 def test_aggregations_are_compared_by_what_tells_labels_apart(

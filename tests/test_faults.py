@@ -394,7 +394,6 @@ def kill_second_rank(data, folder, parent):
     os.kill(int(children[-1]), signal.SIGKILL)
 
 
-@pytest.mark.slow
 def test_a_killed_rank_is_restarted_by_torchrun(data, whole):
     process = torchrun(data, "two", 2, restarts=2)
     kill_second_rank(data, "two", process)
