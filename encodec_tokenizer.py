@@ -1,4 +1,11 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6,<2.12", "torchaudio>=2.6,<2.12", "encodec>=0.1.1", "numpy", "pandas", "tqdm",
+#     "soundfile", "filelock",
+# ]
+# ///
 """Turn the clips of FSDKaggle2019 into discrete tokens with EnCodec, one CSV row per clip.
 
     python encodec_tokenizer.py --dataset sample                       # bundled clips, no dataset
@@ -18,57 +25,44 @@ from __future__ import annotations
 
 import argparse
 import csv
+import errno
 import hashlib
 import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
 import socket
 import sys
+import textwrap
+import threading
 import time
 import traceback
+import uuid
 import warnings
+import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.metadata import distributions, version
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, islice, zip_longest
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, NamedTuple
 
-import filelock
-import numpy as np
-import pandas as pd
-import soundfile as sf
-from tqdm import tqdm
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
 
-try:
-    import torch
-    import torch.nn.functional as F
-    import torchaudio
-    from encodec import EncodecModel
-    from encodec.model import ROOT_URL
-    from encodec.modules import SLSTM, SConv1d
-    from encodec.modules.conv import pad1d
-    from encodec.modules.seanet import SEANetResnetBlock
-except (ImportError, OSError, RuntimeError) as error:
-    # torchaudio refuses to load beside a torch it was not built for, with any of these three.
-    found = {
-        d.name: d.version for d in distributions() if d.name in ("torch", "torchaudio", "encodec")
-    }
-    sys.exit(
-        f"error: torch, torchaudio and encodec do not load together: {error}\n"
-        f"Installed: {found}. Versions that go together:\n"
-        '  pip install "torch>=2.6,<2.12" "torchaudio>=2.6,<2.12" encodec'
-    )
+__version__ = "1.0.0"
 
 # ---------------------------------------------------------------------------------------- constants
 
@@ -77,23 +71,19 @@ except (ImportError, OSError, RuntimeError) as error:
 class ModelSpec:
     """What is known of an EnCodec model before it is built (encodec/model.py)."""
 
-    build: Callable[..., EncodecModel]
     sample_rate: int  # Hz
     channels: int
     bandwidths_kbps: tuple[float, ...]
-    checkpoint: str  # its name ends in the first 8 hex digits of its SHA-256
+    checkpoint: str  # Meta's file; its name ends in the first 8 hex digits of its SHA-256
+    repository: str  # the same weights on Hugging Face
 
 
 MODELS = {
     "encodec_24khz": ModelSpec(
-        EncodecModel.encodec_model_24khz,
-        24_000,
-        1,
-        (1.5, 3, 6, 12, 24),
-        "encodec_24khz-d7cc33bc.th",
+        24_000, 1, (1.5, 3, 6, 12, 24), "encodec_24khz-d7cc33bc.th", "facebook/encodec_24khz"
     ),
     "encodec_48khz": ModelSpec(
-        EncodecModel.encodec_model_48khz, 48_000, 2, (3, 6, 12, 24), "encodec_48khz-7e698e3e.th"
+        48_000, 2, (3, 6, 12, 24), "encodec_48khz-7e698e3e.th", "facebook/encodec_48khz"
     ),
 }
 STEMS = {  # a dataset's name on the command line -> those of its output files
@@ -104,22 +94,20 @@ STEMS = {  # a dataset's name on the command line -> those of its output files
     "sample": ["sample"],
 }
 SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "sample"
-NAME_COLUMNS, LABEL_COLUMNS = ["fname", "filename"], ["labels", "label", "category"]
+NAME_COLUMNS = ("fname", "filename")
+LABEL_COLUMNS = ("labels", "label", "category")
 COLUMNS = ["fname", "labels", "num_tokens", "token_shape", "num_chunks", "duration_sec"]
 AGGREGATES = ["mean", "latent", "medoid", "none"]
+CHECKPOINT = "a file, a folder of transformers', or a repository on Hugging Face"
 EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3")  # tried for names without one
 BLOCK_CLIPS = 64
+NUM_CODES = 1024  # entries of a codebook
 FORMULA = ("=", "+", "-", "@")  # how a cell begins that a spreadsheet program would run
 UNTRAINED = "untrained (seed 0)"
 
 # What torchrun tells its processes; without it, this is the only one.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-# The cores of this process: torch's count, which heeds OMP_NUM_THREADS. torchrun sets that to 1
-# where the user has not, so there it is an equal share of the machine.
-THREADS = torch.get_num_threads()
-if WORLD_SIZE > 1:
-    THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class UserError(Exception):
@@ -130,47 +118,15 @@ class Interrupted(BaseException):
     """SIGINT or SIGTERM; its argument is the exit status, 128 + the signal's number."""
 
 
-def say(message: str) -> None:
-    """Print to stderr around the progress bar; of several processes, the first one speaks."""
-    if RANK == 0:
-        tqdm.write(message, file=sys.stderr)
-
-
 # ------------------------------------------------------------------------------------- command line
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The command line, checked; fields are flags. `device` is resolved: "cpu" or "cuda:N"."""
+def flag(default: object, help: str, decides: bool = False, **options: object) -> object:
+    """A field of Settings: its default, and what argparse wants to know of it.
 
-    dataset: str
-    metadata: Path | None
-    audio_dir: Path | None
-    input_dir: Path
-    output_dir: Path
-    model: str
-    bandwidth: float  # kbps
-    target_duration: float  # seconds
-    overlap: float  # fraction of a chunk
-    aggregate: str
-    weights: str
-    device: str
-    batch_size: int
-    workers: int
-    max_duration: float  # seconds
-    max_samples: int | None
-    listen: int
-    plot: bool
-    overwrite: bool
-    debug: bool
-
-    @property
-    def chunk_samples(self) -> int:
-        return round(self.target_duration * MODELS[self.model].sample_rate)
-
-    @property
-    def hop_samples(self) -> int:
-        return round(self.chunk_samples * (1 - self.overlap))
+    `decides` marks what the rows depend on: runs share blocks only where they agree in it.
+    """
+    return field(default=default, metadata={"decides": decides, "help": help, **options})
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
@@ -185,69 +141,198 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
+COUNT, SECONDS = number(int, 1, 10**9), number(float, 0.1, 60)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line, checked: every field is a flag of the same name."""
+
+    dataset: str = flag("curated", "which clips; sample: a dozen that come along", choices=STEMS)
+    metadata: Path | None = flag(None, "instead: any CSV of file names (and labels)", type=Path)
+    audio_dir: Path | None = flag(None, "where the files of --metadata lie", type=Path)
+    input_dir: Path = flag(Path("input"), "the dataset, in Kaggle's or Zenodo's layout", type=Path)
+    output_dir: Path = flag(Path("work/tokenized"), "where the CSV and its summary go", type=Path)
+    model: str = flag("encodec_24khz", "24 kHz mono or 48 kHz stereo", True, choices=MODELS)
+    bandwidth: float = flag(6.0, "kbps: 1.5 (24 kHz only), 3, 6, 12, 24", True, type=float)
+    target_duration: float = flag(2.0, "seconds in a chunk, 0.1 to 60", True, type=SECONDS)
+    overlap: float = flag(0.1, "fraction shared, 0 to 0.9", True, type=number(float, 0, 0.9))
+    aggregate: str = flag("mean", "how a clip's chunks become a row", True, choices=AGGREGATES)
+    weights: str = flag("pretrained", "or untrained (a rehearsal), or a checkpoint: " + CHECKPOINT)
+    device: str = flag("auto", "auto (CUDA if there is one), cpu, cuda, cuda:N")
+    batch_size: int = flag(None, "chunks a batch (default: 8 s; CUDA: 512 s)", True, type=COUNT)
+    workers: int = flag(None, "threads that read clips ahead (default: 2; CUDA: 8)", type=COUNT)
+    max_duration: float = flag(
+        600.0, "seconds; longer clips fail", True, type=number(float, 0.1, 1e6)
+    )
+    max_samples: int | None = flag(None, "only the first N rows (default: all)", type=COUNT)
+    plot: str | None = flag(
+        None, "also a picture (.png, .pdf)", nargs="?", const="", metavar="FILE"
+    )
+    listen: int = flag(0, "also WAVs of what N rows keep", type=number(int, 0, 10**9))
+    parquet: bool = flag(False, "also a Parquet file, with the tokens as one list column")
+    overwrite: bool = flag(False, "replace output made with other settings, or make it anew")
+    debug: bool = flag(False, "print every clip, and tracebacks")
+
+    @property
+    def chunk_samples(self) -> int:
+        return round(self.target_duration * MODELS[self.model].sample_rate)
+
+    @property
+    def hop_samples(self) -> int:
+        return round(self.chunk_samples * (1 - self.overlap))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One sentence, status 2; argparse would print twelve lines of usage first."""
+        self.exit(2, f"error: {message}\n--help shows every flag.\n")
+
+
 def parse_settings(argv: list[str] | None = None) -> Settings:
-    """Read the command line. What cannot be meant ends in argparse's usage error, status 2."""
+    """Read the command line. A mistake ends in a sentence and exit status 2."""
     description, examples, _ = __doc__.split("\n\n", 2)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=__version__)
+    for flag in fields(Settings):
+        options = {key: value for key, value in flag.metadata.items() if key != "decides"}
+        if "type" in options:
+            options["metavar"] = options["type"].__name__.upper()
+        if flag.default is False:
+            options["action"] = "store_true"
+        elif flag.default is not None:
+            options["help"] += " (default: %(default)s)"
+        parser.add_argument(f"--{flag.name}", default=flag.default, **options)
+    settings = Settings(**vars(parser.parse_args(argv)))
 
-    def add(name: str, default: object, help: str, **options: object) -> None:
-        help += "" if default is None else " (default: %(default)s)"
-        parser.add_argument(f"--{name}", default=default, help=help, **options)
-
-    count, seconds = number(int, 1, 10**9), number(float, 0.1, 60)
-    add("dataset", "curated", "which clips; sample: a dozen that come along", choices=[*STEMS])
-    add("metadata", None, "instead: any CSV of file names (and labels)", type=Path, metavar="FILE")
-    add("audio_dir", None, "where the files of --metadata lie", type=Path, metavar="DIR")
-    add("input_dir", Path("input"), "the dataset, in Kaggle's or Zenodo's layout", type=Path)
-    add("output_dir", Path("work/tokenized"), "where the CSV and its summary go", type=Path)
-    add("model", "encodec_24khz", "24 kHz mono or 48 kHz stereo", choices=[*MODELS])
-    add("bandwidth", 6.0, "kbps: 1.5 (24 kHz only), 3, 6, 12, 24", type=float)
-    add("target_duration", 2.0, "seconds in a chunk, 0.1 to 60", type=seconds)
-    add("overlap", 0.1, "fraction shared by neighbours, 0 to 0.9", type=number(float, 0, 0.9))
-    add("aggregate", "mean", "how a clip's chunks become one row", choices=AGGREGATES)
-    add("weights", "pretrained", "pretrained, untrained (rehearsal), or a checkpoint file")
-    add("device", "auto", "auto (CUDA if there is one), cpu, cuda, cuda:N")
-    add("batch_size", None, "chunks per batch (default: 32; CUDA: 256)", type=count)
-    add("workers", None, "threads that read clips ahead (default: 2; CUDA: 8)", type=count)
-    add("max_duration", 600.0, "seconds; longer clips fail", type=number(float, 0.1, 1e6))
-    add("max_samples", None, "only the first N rows (default: all)", type=count, metavar="N")
-    add("listen", 0, "also WAVs of what N rows keep", type=number(int, 0, 10**9), metavar="N")
-    for flag, help in {
-        "--plot": "also a picture of the tokens (needs matplotlib)",
-        "--overwrite": "replace output that was made with other settings, or make it anew",
-        "--debug": "print every clip, and tracebacks",
-    }.items():
-        parser.add_argument(flag, help=help, action="store_true")
-    options = parser.parse_args(argv)
-
-    bandwidths = MODELS[options.model].bandwidths_kbps
-    if options.bandwidth not in bandwidths:
+    bandwidths = MODELS[settings.model].bandwidths_kbps
+    if settings.bandwidth not in bandwidths:
         offered = ", ".join(f"{kbps:g}" for kbps in bandwidths)
-        parser.error(f"argument --bandwidth: {options.model} offers {offered} kbps")
-    if bool(options.metadata) != bool(options.audio_dir):
+        parser.error(f"argument --bandwidth: {settings.model} offers {offered} kbps")
+    if bool(settings.metadata) != bool(settings.audio_dir):
         parser.error("arguments --metadata and --audio_dir go together")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", options.device):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.device):
         parser.error("argument --device: choose from auto, cpu, cuda, cuda:N")
-    num_gpus = torch.cuda.device_count()
-    if options.device == "auto":
-        options.device = "cuda" if num_gpus else "cpu"
-    if options.device == "cuda":
-        options.device = f"cuda:{LOCAL_RANK}"
-    on_cpu = options.device == "cpu"
-    if not on_cpu and int(options.device[5:]) >= num_gpus:
-        parser.error(f"argument --device: no {options.device}, PyTorch sees {num_gpus} CUDA GPUs")
-    # A batch of 32: see FastEncoder. One thread reads 600 s of audio in 0.5 s, which two cores take
-    # 12 s to encode (tests/benchmark.py): two readers never fall behind. CUDA's are not measured.
-    options.batch_size = options.batch_size or (32 if on_cpu else 256)
-    options.workers = options.workers or (2 if on_cpu else 8)
-    return Settings(**vars(options))
+    for name, package in {"plot": "matplotlib", "parquet": "pyarrow"}.items():
+        if getattr(settings, name) not in (None, False) and not find_spec(package):
+            parser.error(f"argument --{name} needs {package}:  pip install {package}")
+    return settings
+
+
+def say(message: str, rank: int = 0) -> None:
+    """Print to stderr around the progress bar, if it can be; of several processes, one speaks."""
+    if rank == RANK:
+        with suppress(OSError):
+            tqdm.write(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    parse_settings()  # help and mistakes are answered before the imports below, which take seconds
+    if RANK == 0 and sys.stderr and sys.stderr.isatty():
+        print("loading PyTorch ...", file=sys.stderr, flush=True)
+
+try:
+    import filelock
+    import numpy as np
+    import soundfile as sf
+    import torch
+    import torch.nn.functional as F
+    import torchaudio
+    from encodec import EncodecModel
+    from encodec.model import ROOT_URL
+    from encodec.modules import SLSTM, SConv1d
+    from encodec.modules.conv import pad1d
+    from encodec.modules.seanet import SEANetResnetBlock
+    from tqdm import tqdm
+except (ImportError, OSError, RuntimeError) as error:
+    # torchaudio refuses to load beside a torch it was not built for, with any of these three.
+    names = ("torch", "torchaudio", "encodec")
+    found = {d.name: d.version for d in distributions() if d.name in names}
+    sys.exit(
+        f"error: the packages that this script needs do not load: {error}\n"
+        f"Python: {sys.executable}. Installed: {found}. What goes together:\n"
+        '  pip install "torch>=2.6,<2.12" "torchaudio>=2.6,<2.12" "encodec>=0.1.1" numpy pandas '
+        "tqdm soundfile filelock"
+    )
+
+
+def available_cores() -> int:
+    """The cores that this process may use: of its affinity and its container's share of time."""
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    cores = len(affinity(0))
+    try:  # cgroup v2: microseconds of CPU time in a period, or "max"
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
+
+
+# Threads that encode on a CPU. torchrun sets OMP_NUM_THREADS to 1 where the user has not, so there
+# it is an equal share of the node.
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or available_cores())
+if WORLD_SIZE > 1:
+    THREADS = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def resolve_device(settings: Settings) -> Settings:
+    """The settings with their device, "cpu" or "cuda:N", and what depends on it.
+
+    `auto` tries a small convolution first: PyTorch sees GPUs that it has no kernels for (of Pascal,
+    since 2.8). Raises UserError: no such GPU, or one that cannot be used.
+    """
+    device = settings.device
+    if device in ("auto", "cuda"):
+        device = f"cuda:{LOCAL_RANK}" if device == "cuda" or torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        try:
+            F.conv1d(torch.ones(1, 1, 8, device=device), torch.ones(1, 1, 3, device=device)).cpu()
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            if settings.device != "auto":
+                raise UserError(f"--device {settings.device} cannot be used: {reason}") from error
+            say(f"note: going on without the GPU, which this PyTorch cannot use: {reason}")
+            device = "cpu"
+    on_cpu = device == "cpu"
+    # Counted in seconds of audio, so that long chunks take no more memory than short ones. Of 8 s:
+    # see FastEncoder. One thread reads and resamples faster than ten cores encode.
+    batch_size = settings.batch_size or round((8 if on_cpu else 512) / settings.target_duration)
+    workers = settings.workers or (2 if on_cpu else 8)
+    return replace(settings, device=device, batch_size=max(1, batch_size), workers=workers)
 
 
 # ------------------------------------------------------------------------------------------ dataset
+
+
+@dataclass(eq=False)
+class Record:
+    """What is kept of a clip beside its rows."""
+
+    fname: str
+    file: str | None = None  # its fingerprint; None where it cannot be read
+    error: str = ""  # why it cannot be tokenized
+    duration_s: float = 0.0  # of the file, before padding or resampling
+    num_chunks: int = 0
+    silent: bool = False  # all samples are zero
+    load_s: float = 0.0  # seconds to read and resample it
+    encode_s: float = 0.0  # seconds of its batches, its share
+
+
+@dataclass(eq=False)
+class Clip(Record):
+    """One row of the dataset on its way to one row of the output."""
+
+    labels: str = ""
+    extra: list[str] = field(default_factory=list)  # further columns of --metadata
+    index: int = 0  # in the dataset
+    rate: int = 0  # Hz, of the file
+    starts: list[int] = field(default_factory=list)  # of its chunks, in samples at the model's rate
+    chunks: list[torch.Tensor] = field(default_factory=list)  # [C, T] each, until they are encoded
+    codes: np.ndarray | None = None  # [N, K, F], until its block is written
+    latents: list[torch.Tensor] = field(default_factory=list)  # N of [D, F], where wanted
 
 
 @dataclass(frozen=True)
@@ -255,7 +340,24 @@ class Dataset:
     stem: str  # names the output files
     csv_path: Path
     audio_dir: Path
-    clips: pd.DataFrame  # fname, labels; in the dataset's order
+    columns: list[str]  # names of the clips' extra cells
+    clips: list[Clip]  # in the CSV's order
+
+    @cached_property
+    def blocks(self) -> list[list[Clip]]:
+        return [self.clips[i : i + BLOCK_CLIPS] for i in range(0, len(self.clips), BLOCK_CLIPS)]
+
+
+def find_datasets(settings: Settings) -> list[Dataset]:
+    """The datasets that the command names. Raises UserError: see find_dataset, read_clips."""
+    if not settings.metadata and settings.dataset != "sample":
+        return [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
+    csv_path = settings.metadata or SAMPLE_DIR / "sample.csv"
+    audio_dir = settings.audio_dir or SAMPLE_DIR
+    if not audio_dir.is_dir():
+        raise UserError(f"--audio_dir {audio_dir}: no such folder")
+    clips = read_clips(csv_path, settings.max_samples, keep_extra=bool(settings.metadata))
+    return [Dataset(csv_path.stem, csv_path, audio_dir, *clips)]
 
 
 def find_dataset(settings: Settings, stem: str) -> Dataset:
@@ -267,12 +369,6 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
 
     Raises UserError: no CSV or no folder, or a CSV that does not list clips.
     """
-    if settings.metadata or stem == "sample":
-        csv_path = settings.metadata or SAMPLE_DIR / "sample.csv"
-        audio_dir = settings.audio_dir or SAMPLE_DIR
-        if not audio_dir.is_dir():
-            raise UserError(f"--audio_dir {audio_dir}: no such folder")
-        return Dataset(stem, csv_path, audio_dir, read_clips(csv_path, settings.max_samples))
 
     def find(names: Iterable[str], wanted: Callable[[Path], bool]) -> list[Path]:
         patterns = [depth + name for depth in ("", "*/", "*/*/") for name in names]
@@ -289,11 +385,11 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
     for csv_name, folder_names in layouts.items():
         csv_paths, folders = find([csv_name], Path.is_file), find(folder_names, Path.is_dir)
         if csv_paths and folders:
-            clips = read_clips(csv_paths[0], settings.max_samples)
+            columns, clips = read_clips(csv_paths[0], settings.max_samples)
             # Some copies nest a folder in one of the same name: take the one with the clips.
-            names = clips["fname"].head(100)
+            names = [clip.fname for clip in clips[:100]]
             holds = [sum(os.path.exists(folder / name) for name in names) for folder in folders]
-            return Dataset(stem, csv_paths[0], folders[int(np.argmax(holds))], clips)
+            return Dataset(stem, csv_paths[0], folders[int(np.argmax(holds))], columns, clips)
     looked = "\n".join(
         f"  {name} and {'/ or '.join(folders)}/" for name, folders in layouts.items()
     )
@@ -306,125 +402,265 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
     )
 
 
-def read_clips(csv_path: Path, max_samples: int | None) -> pd.DataFrame:
-    """The clips that a CSV lists: strings fname and labels. Repeated rows count once."""
+def read_clips(
+    csv_path: Path, max_samples: int | None, keep_extra: bool = False
+) -> tuple[list[str], list[Clip]]:
+    """The names of a CSV's further columns where they are kept, and the clips that it lists.
+
+    Repeated rows count once. Raises UserError: no table in UTF-8, or none that names clips.
+    """
+    what = f"{csv_path} is not a comma-separated table in UTF-8"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-            table = pd.read_csv(
-                csv_path, dtype=str, keep_default_na=False, encoding="utf-8-sig", index_col=False
-            )
-    except (ValueError, OSError, pd.errors.ParserWarning) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{csv_path} is not a comma-separated table in UTF-8: {reason}") from error
-    names = [column for column in NAME_COLUMNS if column in table]
-    labels = [column for column in LABEL_COLUMNS if column in table]
+        with csv_path.open(newline="", encoding="utf-8-sig") as file:
+            header, *rows = filter(None, csv.reader(file, skipinitialspace=True, strict=True))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{what}: {error}") from error
+    header = [name.strip() for name in header]
+    if wide := next((row for row in rows if len(row) > len(header)), None):
+        counts = f"{len(header)} columns in its header, {len(wide)} in the row of {wide[0]}"
+        raise UserError(f"{what}: {counts} (a comma in a label needs quotes)")
+    names = [column for column in NAME_COLUMNS if column in header]
+    labels = [column for column in LABEL_COLUMNS if column in header]
     if not names:
-        there = ", ".join(map(repr, table.columns[:5]))
+        there = ", ".join(map(repr, header[:5]))
         hint = "; it seems to use semicolons, commas are needed" if ";" in there else ""
         raise UserError(f"{csv_path} has no column {' or '.join(NAME_COLUMNS)}, only {there}{hint}")
-    if table.empty:
+    if not rows:
         raise UserError(f"{csv_path} lists no clips: nothing follows its header")
-    clips = pd.DataFrame({"fname": table[names[0]], "labels": table[labels[0]] if labels else ""})
-    repeated = clips.duplicated()
-    if repeated.any():
-        first = clips["fname"][repeated].iloc[0]
-        say(f"note: {csv_path} repeats {repeated.sum()} rows, used once ({first}, ...)")
-    return clips[~repeated].head(max_samples or len(clips)).reset_index(drop=True)
+    extra = [name for name in header if keep_extra and name not in (names[0], *labels[:1])]
+    taken = r"num_tokens|token_shape|num_chunks|duration_sec|chunk|start_sec|tokens|token_\d+"
+    taken = [name for name in extra if re.fullmatch(taken, name) or header.count(name) > 1]
+    if taken:
+        raise UserError(f"{csv_path}: rename {', '.join(taken)}: the output would have it twice")
+    cells = (dict(zip(header, row)) for row in rows)
+    wanted = [names[0], *(labels[:1] or [""]), *extra]
+    listed = Counter(tuple(cell.get(name, "") for name in wanted) for cell in cells)
+    if repeated := [row[0] for row, count in listed.items() if count > 1]:
+        count = len(rows) - len(listed)
+        say(f"note: {csv_path} repeats {count} rows, used once ({repeated[0]}, ...)")
+    numbered = enumerate(islice(listed, max_samples))
+    return extra, [Clip(n, labels=label, extra=rest, index=i) for i, (n, label, *rest) in numbered]
 
 
 # -------------------------------------------------------------------------------------------- clips
-
-
-@dataclass(eq=False)
-class Clip:
-    """One row of the dataset on its way to one row of the output."""
-
-    index: int  # in the dataset
-    fname: str
-    labels: str
-    error: str = ""  # why it cannot be tokenized
-    rate: int = 0  # Hz, of the file
-    duration_s: float = 0.0  # of the file, before padding or resampling
-    silent: bool = False  # all samples are zero
-    num_chunks: int = 0
-    load_s: float = 0.0
-    encode_s: float = 0.0  # its share of its batches
-    codes: list[np.ndarray] = field(default_factory=list)  # one [K, F] a chunk
-    latents: list[torch.Tensor] = field(default_factory=list)  # one [D, F] a chunk, where wanted
 
 
 class BadClip(Exception):
     """Why a clip cannot be tokenized, in words for failed_<stem>.csv."""
 
 
+# What the system says of a file that is at fault itself. All else (no memory, too many open files,
+# an I/O error, a stale mount) is the machine's: it ends the run, and no clip is blamed.
+CLIP_ERRNOS = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ,
+}  # fmt: skip
+
+
+@contextmanager
+def clip_is_blamed() -> Iterator[None]:
+    """Turns an OSError into BadClip where the clip is at fault; the machine's pass through."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in CLIP_ERRNOS:
+            raise
+        raise BadClip(f"cannot be opened: {error.strerror}") from error
+
+
 def clip_path(audio_dir: Path, fname: str) -> Path:
     """Where a clip lies; its name may lack the extension (FSD50K's do).
 
-    Raises BadClip: a name that leads out of the folder, or to no plain file.
+    Raises BadClip: a name that leads out of the folder, or to no plain file. OSError: the machine's
+    faults, and an audio folder with nothing in it, as of a disk that was unmounted.
     """
     if not fname:
         raise BadClip("the name is empty")
     for name in (PurePosixPath(fname), PureWindowsPath(fname)):
         if name.anchor or ".." in name.parts:
             raise BadClip("the name leads outside the audio folder; not opened")
-    candidates = [audio_dir / (fname + extension) for extension in ("", *EXTENSIONS)]
-    path = next(filter(os.path.exists, candidates), candidates[0])
-    try:
-        if not path.is_file():
-            raise BadClip(
-                "not a plain file" if path.exists() else f"no such file in {audio_dir.name}/"
-            )
-        if path.stat().st_size == 0:
+    if "\0" in fname:
+        raise BadClip("the name holds a NUL character")
+    for extension in ("", *EXTENSIONS):
+        path = audio_dir / (fname + extension)
+        try:
+            with clip_is_blamed():
+                size, is_file = path.stat().st_size, path.is_file()
+        except BadClip as error:
+            if error.__cause__.errno not in (errno.ENOENT, errno.ENOTDIR):
+                raise
+            continue
+        if not is_file:
+            raise BadClip("not a plain file")
+        if size == 0:
             raise BadClip("empty file (0 bytes)")
-    except (OSError, ValueError) as error:  # no permission; a name too long, or with a NUL
-        raise BadClip(f"cannot be opened: {error}") from error
-    return path
+        return path
+    if not any(audio_dir.iterdir()):
+        raise OSError(errno.ENOENT, "the audio folder is empty; was it unmounted?", str(audio_dir))
+    raise BadClip(f"no such file in {audio_dir.name}/")
 
 
-def load_clip(path: Path, channels: int, max_duration_s: float) -> tuple[torch.Tensor, int, float]:
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """What a file is known by: its size, time of change in ns, and SHA-256."""
+    stat = path.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns} {sha256_of(path)}"
+
+
+def file_state(audio_dir: Path, fname: str, known: str | None) -> str:
+    """Whether a clip's file is still what `known`, its fingerprint, says: same, changed or gone.
+
+    As git does: by size and time, and by content where the time alone differs, as in a copy.
+    """
+    try:
+        path = clip_path(audio_dir, fname)
+        if known is None:  # it could not be read then
+            return "changed" if os.access(path, os.R_OK) else "same"
+        stat, (size, mtime_ns, digest) = path.stat(), known.split()
+        if stat.st_size != int(size):
+            return "changed"
+        untouched = stat.st_mtime_ns == int(mtime_ns)
+        return "same" if untouched or sha256_of(path) == digest else "changed"
+    except BadClip:
+        return "same" if known is None else "gone"
+
+
+class Stream(sf.SoundFile):
+    """A file that is read from its start to its end, whatever length its header gives.
+
+    SoundFile.read asks for no more than the header promises, and .blocks() gives what the header
+    promises, whether it was read or not.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
+@contextmanager
+def open_audio(path: Path) -> Iterator[Stream]:
+    """A file for reading, with the particulars of three formats.
+
+    MP3 goes through a pipe: libsndfile estimates a length from the size of what it can seek in, and
+    reads no further; from a pipe it reads all, and takes a cut for an error. A WAV whose sizes were
+    never filled in gets that of its audio. Of OGG streams in a row libsndfile knows the first
+    alone, and a cut one passes for a shorter one.
+    """
+    name = os.fsencode(path) if os.name == "posix" else path  # it may be no UTF-8
+    with Stream(name) as file:
+        kind = file.format
+        if kind not in ("MP3", "OGG") and (kind != "WAV" or file.frames):
+            yield file
+            return
+    data = bytearray(path.read_bytes())
+    if kind == "MP3":
+        # The frame that gives the length, at each start of what an encoder wrote.
+        if len(re.findall(rb"\xff[\xe2-\xff].{2}\0{9,32}(?:Xing|Info)", data, re.DOTALL)) > 1:
+            raise BadClip("several MP3 files in one; the first alone could be read")
+        source, sink = os.pipe()
+        threading.Thread(target=feed, args=(sink, data), daemon=True).start()
+        with Stream(source) as file:
+            yield file
+        return
+    if kind == "OGG":
+        pages = [match.start() for match in re.finditer(rb"OggS\0[\0-\7]", data)]
+        last = data[pages[-1] :]  # flags in its byte 5: 2 begins a stream, 4 ends it (RFC 3533)
+        if any(data[page + 5] & 2 for page in pages[1:]):
+            raise BadClip("several OGG streams in one; the first alone could be read")
+        sizes = last[27 : 27 + last[26]] if len(last) > 27 else b""
+        if not last[5] & 4 or not sizes or len(last) < 27 + len(sizes) + sum(sizes):
+            raise BadClip("truncated: its last page is not there")
+    elif int.from_bytes(data[4:8], "little") + 8 < len(data) < 2**32:
+        at = data.find(b"data") + 8
+        data[at - 4 : at] = (len(data) - at).to_bytes(4, "little")
+    with Stream(io.BytesIO(data)) as file:
+        yield file
+
+
+def feed(sink: int, data: bytes) -> None:
+    """Write to a pipe until all is there or its reader has closed it."""
+    with suppress(BrokenPipeError), os.fdopen(sink, "wb") as file:
+        file.write(data)
+
+
+def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.Tensor, int]:
     """Read a clip and mix it to the model's channels.
 
     soundfile first: libsndfile reads WAV, FLAC, OGG and MP3 with nothing to install. What it does
-    not know goes to torchaudio.load, which since 2.9 needs TorchCodec and FFmpeg. Read in pieces,
-    so that what a header claims reserves no memory.
+    not know goes to torchaudio.load, which since 2.9 needs TorchCodec and FFmpeg. What counts is
+    what was decoded; it is compared with what the header promises where that is exact.
 
-    Returns samples [channels, T] in float32, at the file's own rate; that rate in Hz; seconds.
-    Raises BadClip.
+    Returns samples [channels, T] in float32, at the file's own rate; that rate in Hz.
+    Raises BadClip. OSError, MemoryError: the machine's.
     """
+    if path.suffix.lower() == ".raw":  # soundfile goes by this name, and wants to be told the rest
+        raise BadClip("raw samples: there is no header that says what they are")
     try:
-        with sf.SoundFile(path) as file:
-            rate, promised = file.samplerate, file.frames
-            if not 1_000 <= rate <= 1_000_000:
-                raise BadClip(f"a sample rate of {rate} Hz is not plausible")
-            if promised > max_duration_s * rate:
-                raise BadClip(
-                    f"{promised / rate:.0f} s long, --max_duration is {max_duration_s:g} s"
-                )
-            # libsndfile cuts a WAV's length to what is there and says so in its log only. Sizes
-            # near 2 GiB and above are what streaming writers leave that could not know better.
-            claim = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-            if claim and int(claim[1]) < 2**31 - 2**20:
-                raise BadClip(f"truncated: {claim[2]} of {claim[1]} bytes of audio are there")
-            pieces = file.blocks(2**22 // file.channels, dtype="float32", always_2d=True)
-            mixed = [mix_channels(torch.from_numpy(piece.T.copy()), channels) for piece in pieces]
-            samples = torch.cat(mixed, dim=1) if mixed else torch.empty(channels, 0)
-            if 0 < samples.shape[1] < promised:
-                raise BadClip(f"truncated: {samples.shape[1]} of {promised} samples are there")
+        with open_audio(path) as file:
+            samples, rate = decode(file, channels, max_duration_s), file.samplerate
     except sf.LibsndfileError as error:
-        try:
-            samples, rate = torchaudio.load(path)
-            samples = mix_channels(samples, channels)
-        except Exception as second:  # any decoder's error, or TorchCodec's absence
-            reasons = f"soundfile: {error}; torchaudio: {second}".replace(repr(str(path)), "it")
-            raise BadClip(f"not audio that can be read ({' '.join(reasons.split())})") from second
-    except (OSError, RuntimeError, ValueError) as error:
-        raise BadClip(f"cannot be read: {error}") from error
+        path.open("rb").close()  # raises what the system has against it, which libsndfile hides
+        samples, rate = decode_by_torchaudio(path, channels, max_duration_s, error)
     if samples.shape[1] == 0:
         raise BadClip("no samples: the file holds a header and no audio")
     if not samples.abs().max() < 1e6:  # so that NaN counts
         raise BadClip("NaN, infinite or absurdly large samples; audio lies within -1 and 1")
-    return samples, rate, samples.shape[1] / rate
+    return samples, rate
+
+
+def decode(file: Stream, channels: int, max_duration_s: float) -> torch.Tensor:
+    """All that a file holds, as [channels, T]; in pieces, so that no header reserves memory."""
+    rate, promised = file.samplerate, file.frames
+    too_long = f"s long, --max_duration is {max_duration_s:g} s"
+    if not 1_000 <= rate <= 1_000_000:
+        raise BadClip(f"a sample rate of {rate} Hz is not plausible")
+    knows_length = promised < 2**40  # FLAC and MP3 streams may not: they say some 2^48 and 2^63
+    if knows_length and promised > max_duration_s * rate:
+        raise BadClip(f"{promised / rate:.0f} {too_long}")
+    # libsndfile cuts the length to what is there and says so in its log only, for the sizes of WAV
+    # (data), AIFF (SSND), AU, W64 (riff) and RF64. Sizes near 2 GiB and above are what streaming
+    # writers leave that could not know better.
+    sizes = r"^ *(?:data|SSND|riff|Data Size|Riff size) *: (\d+) \(should be (\d+)\)"
+    for claimed, there in re.findall(sizes, file.extra_info, re.MULTILINE):
+        if int(there) < int(claimed) < 2**31 - 2**20:
+            raise BadClip(f"truncated: {there} of {claimed} bytes of audio are there")
+    pieces, length = [torch.empty(channels, 0)], 0
+    while len(piece := file.read(2**20 // file.channels, dtype="float32", always_2d=True)):
+        pieces.append(mix_channels(torch.from_numpy(piece.T), channels))
+        length += len(piece)
+        if length > max_duration_s * rate:
+            raise BadClip(f"more than {length / rate:.0f} {too_long}")
+    if knows_length and length < promised:
+        raise BadClip(f"truncated: {length} of {promised} samples are there")
+    return torch.cat(pieces, dim=1)
+
+
+def decode_by_torchaudio(
+    path: Path, channels: int, max_duration_s: float, first: Exception
+) -> tuple[torch.Tensor, int]:
+    """What libsndfile could not read, for the reason `first`: samples [channels, T] and rate."""
+    try:
+        samples, rate = torchaudio.load(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # any decoder's, or TorchCodec's absence
+        if getattr(error, "errno", None) not in {None, *CLIP_ERRNOS}:
+            raise
+        with path.open("rb") as file:
+            if file.read(4096).isascii():
+                raise BadClip("not audio: it holds text") from error
+        reasons = f"soundfile: {first}; torchaudio: {error}".replace(repr(str(path)), "it")
+        raise BadClip(f"not audio that can be read ({' '.join(reasons.split())})") from error
+    if samples.shape[1] > max_duration_s * rate:
+        duration_s = samples.shape[1] / rate
+        raise BadClip(f"{duration_s:.0f} s long, --max_duration is {max_duration_s:g} s")
+    return mix_channels(samples, channels), rate
 
 
 def mix_channels(samples: torch.Tensor, channels: int) -> torch.Tensor:
@@ -447,183 +683,215 @@ def resampler(rate: int, model_rate: int, device: str) -> torchaudio.transforms.
     return torchaudio.transforms.Resample(ratio.numerator, ratio.denominator).to(device)
 
 
-def prefetch(function: Callable, items: Iterable, threads: int, ahead: int) -> Iterator:
-    """Map `function` over `items` in threads of one core each: in order, at most `ahead` ahead."""
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    pending = deque()
+# ------------------------------------------------------------------------------------------- chunks
+
+
+def chunk_starts(length: int, chunk: int, hop: int) -> list[int]:
+    """Where the chunks of `length` samples start: every hop, the last aligned to the clip's end."""
+    starts = list(range(0, max(1, length - chunk + 1), hop))
+    if starts[-1] + chunk < length:
+        starts.append(length - chunk)
+    return starts
+
+
+def split_chunks(audio: torch.Tensor, chunk: int, hop: int) -> list[torch.Tensor]:
+    """Cut [C, T] into pieces [C, chunk], so that each sample is in one.
+
+    Audio of at most one chunk is zero-padded at its end. Longer audio is not padded.
+    """
+    audio = F.pad(audio, (0, max(0, chunk - audio.shape[1])))
+    return [audio[:, start : start + chunk] for start in chunk_starts(audio.shape[1], chunk, hop)]
+
+
+def load_clip(clip: Clip, settings: Settings, audio_dir: Path) -> Clip:
+    """Read, resample and cut a clip: fills in its record and its chunks, or why there are none."""
+    started, spec = time.perf_counter(), MODELS[settings.model]
     try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
-        while pending:
+        path = clip_path(audio_dir, clip.fname)
+        with clip_is_blamed():
+            clip.file = fingerprint(path)
+            samples, clip.rate = read_audio(path, spec.channels, settings.max_duration)
+        clip.duration_s, clip.silent = samples.shape[1] / clip.rate, not samples.any()
+        samples = samples.to(settings.device)
+        audio = resampler(clip.rate, spec.sample_rate, settings.device)(samples)  # [C, T]
+        clip.starts = chunk_starts(audio.shape[1], settings.chunk_samples, settings.hop_samples)
+        clip.num_chunks = len(clip.starts)
+        clip.chunks = split_chunks(audio, settings.chunk_samples, settings.hop_samples)
+    except BadClip as reason:
+        clip.error = str(reason)
+    clip.load_s = time.perf_counter() - started
+    return clip
+
+
+def one_core_pool(threads: int) -> ThreadPoolExecutor:
+    """Threads of one core each: no sum depends on the number of cores."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def load_clips(clips: Iterable[Clip], settings: Settings, audio_dir: Path) -> Iterator[Clip]:
+    """load_clip in threads: in order, a few clips ahead."""
+    pool, pending, clips = one_core_pool(settings.workers), deque(), iter(clips)
+    try:
+        while True:
+            for clip in islice(clips, 2 * settings.workers + 1 - len(pending)):
+                pending.append(pool.submit(load_clip, clip, settings, audio_dir))
+            if not pending:
+                return
             yield pending.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-# ------------------------------------------------------------------------------------------- chunks
-
-
-def split_chunks(audio: torch.Tensor, chunk: int, hop: int) -> list[torch.Tensor]:
-    """Cut [C, T] into pieces [C, chunk], one every `hop` samples, so that each sample is in one.
-
-    Audio of at most one chunk is zero-padded at its end. Longer audio is not padded: where a tail
-    is left, the last piece is aligned to the end.
-    """
-    length = audio.shape[1]
-    if length <= chunk:
-        return [F.pad(audio, (0, chunk - length))]
-    starts = list(range(0, length - chunk + 1, hop))
-    if starts[-1] + chunk < length:
-        starts.append(length - chunk)
-    return [audio[:, start : start + chunk] for start in starts]
-
-
-@dataclass
-class Batch:
-    """Chunks of one block that are encoded together, in order, and the clip of each."""
-
-    clips: list[Clip]
-    chunks: torch.Tensor | None  # [B, C, chunk]; None where a block ends and no chunk is left
-    closes: list[Clip]  # all clips of the block, in its last batch; else empty
-
-
-def make_batches(
-    todo: list[int], settings: Settings, dataset: Dataset, stage_s: Counter
-) -> Iterator[Batch]:
-    """Load, resample and chunk the clips of the blocks in `todo`; pack each block into batches."""
-    spec, size = MODELS[settings.model], settings.batch_size
-
-    def load(clip: Clip) -> tuple[Clip, torch.Tensor | None]:
-        started, samples = time.perf_counter(), None
-        try:
-            path = clip_path(dataset.audio_dir, clip.fname)
-            loaded = load_clip(path, spec.channels, settings.max_duration)
-            samples, clip.rate, clip.duration_s = loaded
-            clip.silent = not samples.any()
-            if settings.device != "cpu":
-                samples = samples.pin_memory()
-        except BadClip as reason:
-            clip.error = str(reason)
-        clip.load_s = time.perf_counter() - started
-        return clip, samples
-
-    slices = (slice(index * BLOCK_CLIPS, (index + 1) * BLOCK_CLIPS) for index in todo)
-    clips = (Clip(*row) for part in slices for row in dataset.clips.iloc[part].itertuples())
-    block, owners, chunks = [], [], []
-    for clip, samples in prefetch(load, clips, settings.workers, ahead=2 * settings.workers):
-        stage_s["loading"] += clip.load_s
-        block.append(clip)
-        if samples is not None:
-            started = time.perf_counter()
-            samples = samples.to(settings.device, non_blocking=True)
-            audio = resampler(clip.rate, spec.sample_rate, settings.device)(samples)  # [C, T]
-            pieces = split_chunks(audio, settings.chunk_samples, settings.hop_samples)
-            stage_s["resampling"] += time.perf_counter() - started
-            clip.num_chunks = len(pieces)
-            owners += [clip] * len(pieces)
-            chunks += pieces
-        while len(chunks) > size:
-            yield Batch(owners[:size], torch.stack(chunks[:size]), [])
-            del owners[:size], chunks[:size]
-        if clip.index % BLOCK_CLIPS == BLOCK_CLIPS - 1 or clip.index == len(dataset.clips) - 1:
-            yield Batch(owners, torch.stack(chunks) if chunks else None, block)
-            block, owners, chunks = [], [], []
-
-
 # ------------------------------------------------------------------------------------------ weights
 
 
-def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def find_weights(settings: Settings) -> Path | None:
-    """The checkpoint to load, downloaded where need be; None for untrained weights.
+    """The file to load, downloaded where need be; None for untrained weights.
 
-    `pretrained` is Meta's file in torch hub's cache, where EncodecModel's own loader keeps it too.
-    Where a name ends in 8 hex digits, as Meta's do, the file's SHA-256 must begin with them.
+    `pretrained` is Meta's file in torch hub's cache, where EncodecModel's own loader keeps it too,
+    or else the same weights in Hugging Face's cache. Meta's names end in 8 hex digits, with which
+    the SHA-256 of what is in them begins.
 
     Raises UserError: no such file, no download, another checksum.
     """
+    spec, path = MODELS[settings.model], Path(settings.weights).expanduser()
     if settings.weights == "untrained":
         return None
-    path = Path(settings.weights).expanduser()
     if settings.weights == "pretrained":
-        path = Path(torch.hub.get_dir(), "checkpoints", MODELS[settings.model].checkpoint)
+        path = Path(torch.hub.get_dir(), "checkpoints", spec.checkpoint)
         if not path.exists() and not download(path):
-            if settings.dataset == "sample" and not settings.metadata:
-                return None
+            copy = from_hugging_face(spec.repository)
+            if copy or (settings.dataset == "sample" and not settings.metadata):
+                return copy
             raise UserError(
                 f"the pretrained weights could not be downloaded from {ROOT_URL}{path.name}\n"
                 f"Download that file elsewhere and put it to {path},\n"
                 "or name it with --weights FILE. For a rehearsal without it: --weights untrained"
             )
+    elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", settings.weights):
+        path = from_hugging_face(settings.weights) or path
+    elif path.is_dir():
+        path /= "model.safetensors"
     if not path.is_file():
-        raise UserError(f"--weights {path}: no such file (nor is it pretrained or untrained)")
-    checksum = re.search(r"-([0-9a-f]{8})$", path.stem)
-    if checksum and not sha256_of(path).startswith(checksum[1]):
         raise UserError(
-            f"{path} is damaged: its SHA-256 begins with {sha256_of(path)[:8]}, not with the "
-            f"{checksum[1]} of its name. Delete it, and run again or download it elsewhere."
+            f"--weights {path}: no such file (nor is it pretrained, untrained, or a repository)"
+        )
+    checksum = path.stem[-8:]
+    metas = path.name in [spec.checkpoint for spec in MODELS.values()]
+    if metas and not (found := sha256_of(path)).startswith(checksum):
+        raise UserError(
+            f"{path} is damaged: its SHA-256 begins with {found[:8]}, not with the {checksum} of "
+            "its name. Delete it, and run again or download it elsewhere."
         )
     return path
 
 
 def download(path: Path) -> bool:
     """Fetch one of Meta's checkpoints to `path`. Says why, and returns False, where that fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # a cluster's firewall may swallow the request
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         url, checksum = ROOT_URL + path.name, path.stem[-8:]
         torch.hub.download_url_to_file(url, str(path), checksum, progress=RANK == 0)
+        return True
     except (OSError, RuntimeError) as error:
         say(f"{ROOT_URL}{path.name} could not be downloaded: {getattr(error, 'reason', error)}")
+        return False
     finally:
         socket.setdefaulttimeout(patience)
-    return path.exists()
+
+
+def from_hugging_face(repository: str) -> Path | None:
+    """A repository's weights in Hugging Face's cache. Says why, and returns None, without them."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        say(f"{repository} on Hugging Face was not tried:  pip install huggingface_hub safetensors")
+        return None
+    try:
+        return Path(hf_hub_download(repository, "model.safetensors"))
+    except Exception as error:  # its own, requests' and httpx's; all mean that there is no file
+        say(f"{repository} could not be had from Hugging Face: {str(error).splitlines()[0]}")
+        return None
 
 
 def build_model(name: str) -> EncodecModel:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.nn.utils.weight_norm` is deprecated")
-        return MODELS[name].build(pretrained=False)
+        build = getattr(EncodecModel, name.replace("encodec_", "encodec_model_"))
+        return build(pretrained=False)
 
 
-def load_model(settings: Settings, path: Path | None) -> EncodecModel:
-    """EnCodec with the weights of `path`, or untrained for None, at the chosen bandwidth.
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint. Raises UserError: there are none that can be read."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-    Raises UserError: not a checkpoint, or one of another model.
+            return load_file(path)
+        mmap = zipfile.is_zipfile(path)  # reads what is used; files older than torch 1.6 cannot
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except ImportError as error:
+        raise UserError(f"{path} needs safetensors:  pip install safetensors") from error
+    except Exception as error:  # torch.load has no list of what a foreign file makes it raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{path} is not a PyTorch checkpoint ({reason})") from error
+    return state if isinstance(state, dict) else {}
+
+
+def transformers_names(name: str) -> list[str]:
+    """What transformers calls a tensor of EnCodec's: with weight norm's names, old and new."""
+    for meta, theirs in (
+        (r"^(encoder|decoder)\.model", r"\1.layers"),
+        (r"\.(conv|convtr)\.\1\.", ".conv."),
+        (r"\.(conv|convtr)\.norm\.", ".norm."),
+        (r"^quantizer\.vq\.layers\.(\d+)\._codebook", r"quantizer.layers.\1.codebook"),
+    ):
+        name = re.sub(meta, theirs, name)
+    newer = name.replace("weight_g", "parametrizations.weight.original0")
+    return [name, newer.replace("weight_v", "parametrizations.weight.original1")]
+
+
+def fitting(state: dict, model: EncodecModel) -> dict[str, torch.Tensor] | None:
+    """`state` under EnCodec's own names; None where it is not of this model."""
+    named = {}
+    for name, wanted in model.state_dict().items():
+        candidates = (state.get(key) for key in (name, *transformers_names(name)))
+        tensor = next((t for t in candidates if getattr(t, "shape", None) == wanted.shape), None)
+        if tensor is None:
+            return None
+        named[name] = tensor
+    return named if len(named) == len(state) else None
+
+
+def load_model(settings: Settings, path: Path | None) -> tuple[EncodecModel, str]:
+    """EnCodec with the weights of `path` at the chosen bandwidth, and those weights' SHA-256.
+
+    For None: untrained ones. The digest is of the tensors that decide the codes, whatever form of
+    file they come in.
+
+    Raises UserError: not a checkpoint, one of another model, or one that cannot be meant.
     """
-    if path is None:
-        model = untrained_model(settings.model)
-    else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load has no list of what a foreign file makes it raise
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise UserError(f"{path} is not a PyTorch checkpoint ({reason})") from error
-
-        def fits(model: EncodecModel) -> bool:
-            wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-            return isinstance(state, dict) and wanted == {
-                name: getattr(tensor, "shape", None) for name, tensor in state.items()
-            }
-
-        model = build_model(settings.model)
-        if not fits(model):
-            others = [name for name in MODELS if fits(build_model(name))]
-            hint = (
-                f"those of {others[0]}: add --model {others[0]}"
-                if others
-                else "of no EnCodec model"
-            )
+    model = untrained_model(settings.model) if path is None else build_model(settings.model)
+    if path is not None:
+        state = read_state(path)
+        named = fitting(state, model)
+        if named is None:
+            others = [name for name in MODELS if fitting(state, build_model(name))]
+            hint = "of no EnCodec model"
+            if others:
+                hint = f"those of {others[0]}: add --model {others[0]}"
             raise UserError(f"the weights in {path} are not {settings.model}'s; they are {hint}")
-        model.load_state_dict(state)
+        model.load_state_dict(named)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith("encoder.") or name.endswith("_codebook.embed"):
+            if not tensor.isfinite().all() or (name.endswith(".embed") and not tensor.any()):
+                raise UserError(f"the weights in {path} are not EnCodec's: {name} has NaN or is 0")
+            digest.update(name.encode() + tensor.numpy().tobytes())
     model.set_target_bandwidth(settings.bandwidth)
-    return model
+    return model, UNTRAINED if path is None else digest.hexdigest()
 
 
 @torch.no_grad()
@@ -669,6 +937,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return F.linear(x, weight, bias)
 
 
+Tails = dict["FastConv", torch.Tensor]  # of a convolution's input, its last `left` frames [left, C]
+
+
 class FastConv:
     """EnCodec's SConv1d, and the ELU before it where there is one, on one chunk as [T, C].
 
@@ -695,29 +966,31 @@ class FastConv:
         self.right = 0 if module.causal else total // 2
         self.left = total - self.right
 
-    def pad(self, x: torch.Tensor) -> torch.Tensor:
+    def pad(self, x: torch.Tensor, tails: Tails) -> torch.Tensor:
         """[T, C] after its ELU, reflected at both ends, to whole strides."""
         length, left, right = len(x), self.left, self.right + -len(x) % self.stride
-        if length <= max(left, right):  # too short to reflect: EnCodec appends zeros first
+        tail = tails.get(self)
+        if tail is None and length <= max(left, right):  # too short: EnCodec appends zeros first
             x = elu(x) if self.after_elu else x
             return pad1d(x.T[None], (left, right), "reflect")[0].T.contiguous()
         padded = x.new_empty(left + length + right, x.shape[1])
         body = padded[left : left + length]
         elu(x, out=body) if self.after_elu else body.copy_(x)
-        padded[:left] = body[1 : left + 1].flip(0)
+        padded[:left] = body[1 : left + 1].flip(0) if tail is None else tail
         padded[left + length :] = body[length - 1 - right : length - 1].flip(0)
+        tails[self] = body[length - left :].clone()
         return padded
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, C] -> [ceil(T / stride), C']"""
+    def __call__(self, x: torch.Tensor, tails: Tails) -> torch.Tensor:
+        """[T, C] -> [ceil(T / stride), C']; `tails`: see FastEncoder.convolve."""
         if self.kernel == 1:
             y = linear(elu(x) if self.after_elu else x, self.weight, self.bias)
         elif self.kernel == 2 * self.stride:
-            strides = self.pad(x).view(-1, self.stride * x.shape[1])
+            strides = self.pad(x, tails).view(-1, self.stride * x.shape[1])
             y = linear(strides[:-1], self.weight[0], self.bias)
             y += linear(strides[1:], self.weight[1])
         else:
-            y = F.conv2d(self.pad(x).T[None, :, None], self.weight, self.bias)[0, :, 0].T
+            y = F.conv2d(self.pad(x, tails).T[None, :, None], self.weight, self.bias)[0, :, 0].T
         if self.norm is None:
             return y
         mean, flat = y.mean(), y.reshape(-1)  # GroupNorm of one group
@@ -730,14 +1003,14 @@ class FastEncoder:
     """EnCodec's encoder for a CPU: the convolutions chunk by chunk, the LSTM over the batch.
 
     A chunk's activations fit the cache, where a batch's do not; the LSTM reads all its weights at
-    every step, which many chunks share: 53 ms a chunk by itself, 8.3 ms in batches of 32, 7.6 in
-    64. Its batch is filled up with zeros to one fixed shape, so that a chunk's codes do not depend
-    on what it is encoded with.
+    every step, which the chunks of a batch share. Its batch is filled up with zeros to one fixed
+    shape, so that a chunk's codes do not depend on what it is encoded with. By itself a chunk costs
+    the LSTM 46 ms, in batches of 4 23 ms, of 32 23 ms (AMD EPYC, AVX2): so 4, of 2 s.
     """
 
     def __init__(self, model: EncodecModel, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self.convolutions: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        self.batch_size, self.hop = batch_size, int(model.encoder.hop_length)
+        self.convolutions: list[Callable[[torch.Tensor, Tails], torch.Tensor]] = []
         after_elu = False
         for module in model.encoder.model[:-1]:
             if isinstance(module, SConv1d):
@@ -751,88 +1024,164 @@ class FastEncoder:
         self.last = model.encoder.model[-1]
 
     @staticmethod
-    def residual_block(module: SEANetResnetBlock) -> Callable[[torch.Tensor], torch.Tensor]:
+    def residual_block(module: SEANetResnetBlock) -> Callable[[torch.Tensor, Tails], torch.Tensor]:
         shortcut = FastConv(module.shortcut, after_elu=False)
         wide, narrow = (FastConv(module.block[i], after_elu=True) for i in (1, 3))
-        return lambda x: shortcut(x).add_(narrow(wide(x)))
+        return lambda x, tails: shortcut(x, tails).add_(narrow(wide(x, tails), tails))
 
-    def __call__(self, chunks: torch.Tensor) -> torch.Tensor:
-        """[B, C, T] -> [B, D, F], as the model's own encoder."""
-        features = []
-        for chunk in chunks:
-            x = chunk.T.contiguous()  # [T, C]
+    def convolve(self, segment: torch.Tensor) -> torch.Tensor:
+        """[C, T] -> what enters the LSTM, [F, 512]
+
+        In pieces of 150 frames or more, so that long chunks take no more memory than short ones;
+        each convolution finds the inputs that it needs from the piece before in `tails`. (A segment
+        of the 48 kHz model, which looks ahead and normalizes over time, is one piece.)
+        """
+        x, tails, piece = segment.T.contiguous(), {}, 150 * self.hop  # [T, C]
+        sizes = [piece] * (len(x) // piece - 1)
+        pieces = []
+        for y in x.split([*sizes, len(x) - sum(sizes)]):
             for convolution in self.convolutions:
-                x = convolution(x)
-            features.append(x)  # [F, 512]
-        x = torch.stack(features, dim=1)  # [F, B, 512]
-        x = F.pad(x, (0, 0, 0, max(0, self.batch_size - len(chunks))))
+                y = convolution(y, tails)
+            pieces.append(y)
+        return torch.cat(pieces)
+
+    def latents(self, segments: list[torch.Tensor]) -> torch.Tensor:
+        """B convolved segments [F, 512] of one length -> [B, D, F], as the model's own encoder."""
+        x = torch.stack(segments, dim=1)  # [F, B, 512]
+        x = F.pad(x, (0, 0, 0, self.batch_size - len(segments)))
         x = elu(x + self.lstm(x)[0]).permute(1, 2, 0)  # [B, 512, F]
-        return torch.cat([self.last(one[None]) for one in x[: len(chunks)]])
+        return torch.cat([self.last(one[None]) for one in x[: len(segments)]])
 
 
-# Chunks [B, C, T] -> their codes [B, K, F] and latents [B, D, F], the latter where they are wanted.
-Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+class WholeEncoder:
+    """EnCodec's own encoder on whole batches, for a GPU; on halves where memory is short."""
+
+    def __init__(self, model: EncodecModel, batch_size: int) -> None:
+        self.encoder, self.fits = model.encoder, batch_size
+
+    def convolve(self, segment: torch.Tensor) -> torch.Tensor:
+        return segment
+
+    def latents(self, segments: list[torch.Tensor]) -> torch.Tensor:
+        """B segments [C, T] of one length -> [B, D, F]"""
+        while True:
+            try:
+                return torch.cat([self.encoder(b) for b in torch.stack(segments).split(self.fits)])
+            except torch.OutOfMemoryError:
+                if self.fits == 1:
+                    raise
+            self.fits = (min(self.fits, len(segments)) + 1) // 2
+            say(f"note: out of GPU memory; going on with batches of {self.fits} chunks")
+            torch.cuda.empty_cache()
 
 
-def make_encode(model: EncodecModel, settings: Settings) -> Encode:
-    """A function from chunks to the codes that EncodecModel.encode gives, sooner.
+class Encoder:
+    """From chunks to the codes that EncodecModel.encode gives, sooner.
 
-    The 48 kHz model cuts a chunk into segments of 1 s that overlap by 1 %; their codes follow each
-    other in F. On a CPU several threads may call it, each works on one core.
+    The 48 kHz model cuts a chunk into segments of 1 s that overlap by 1 % and normalizes the
+    loudness of each; their codes follow each other in F.
     """
-    on_cpu = settings.device == "cpu"
-    for module in model.encoder.modules():
-        if hasattr(module, "weight_g"):  # fold the norm into the weight, once and not at every call
-            torch.nn.utils.remove_weight_norm(module)
-    model.encoder.to(settings.device)
-    model.quantizer.to(settings.device)
-    encoder = FastEncoder(model, settings.batch_size) if on_cpu else model.encoder
-    quantizer = model.quantizer
-    num_codebooks = quantizer.get_num_quantizers_for_bandwidth(model.frame_rate, model.bandwidth)
-    books = [layer.codebook for layer in quantizer.vq.layers[:num_codebooks]]  # [1024, D] each
-    tables = [(book, 2 * book, -book.pow(2).sum(1)) for book in books]
 
-    def quantize(latents: torch.Tensor) -> torch.Tensor:
-        """[N, D, F] -> [N, K, F]: per codebook the code nearest to what those before it left."""
-        residual = latents.transpose(1, 2).reshape(-1, latents.shape[1])  # [N * F, D]
+    def __init__(self, model: EncodecModel, settings: Settings) -> None:
+        for module in model.encoder.modules():
+            if hasattr(module, "weight_g"):  # fold the norm into the weight, once, not every call
+                torch.nn.utils.remove_weight_norm(module)
+        model.encoder.to(settings.device)
+        model.quantizer.to(settings.device)
+        kind = FastEncoder if settings.device == "cpu" else WholeEncoder
+        self.inner, self.model = kind(model, settings.batch_size), model
+        self.wants_latents = settings.aggregate in ("latent", "medoid")
+        count = model.quantizer.get_num_quantizers_for_bandwidth(model.frame_rate, model.bandwidth)
+        books = [layer.codebook for layer in model.quantizer.vq.layers[:count]]  # [1024, D] each
+        self.codebooks = [(book, 2 * book, -book.pow(2).sum(1)) for book in books]
+
+    @torch.inference_mode()
+    def convolve(self, chunk: torch.Tensor) -> tuple[list[torch.Tensor], float]:
+        """A chunk [C, T] -> its segments, convolved; and the seconds that took."""
+        started, model = time.perf_counter(), self.model
+        segment_samples, segments = model.segment_length or chunk.shape[1], []
+        for start in range(0, chunk.shape[1], model.segment_stride or segment_samples):
+            segment = chunk[:, start : start + segment_samples]
+            if model.normalize:
+                mono = segment.mean(dim=0, keepdim=True)
+                segment = segment / (1e-8 + mono.pow(2).mean(dim=1, keepdim=True).sqrt())
+            segments.append(self.inner.convolve(segment))
+        return segments, time.perf_counter() - started
+
+    @torch.inference_mode()
+    def codes(self, convolved: list[Future]) -> tuple[np.ndarray, torch.Tensor | None, float]:
+        """What `convolve` gave for B chunks -> codes [B, K, F], latents [B, D, F], seconds.
+
+        The latents where they are wanted; of the seconds, a chunk's share.
+        """
+        chunks, seconds = zip(*(future.result() for future in convolved))
+        started = time.perf_counter()
+        latents = [self.inner.latents(list(segments)) for segments in zip(*chunks)]
+        codes = torch.cat([self.quantize(part) for part in latents], dim=2).cpu().numpy()
+        latents = torch.cat(latents, dim=2).cpu() if self.wants_latents else None
+        took = sum(seconds) + time.perf_counter() - started
+        return codes, latents, took / len(chunks)
+
+    def quantize(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, D, F] -> [B, K, F]: per codebook the code nearest to what those before it left."""
+        residual = latents.transpose(1, 2).reshape(-1, latents.shape[1])  # [B * F, D]
         codes = []
-        for book, doubled, minus_squared in tables:
+        for book, doubled, minus_squared in self.codebooks:
             # |x - e|^2 is least where 2 x.e - |e|^2 is greatest.
             nearest = linear(residual, doubled, minus_squared).max(dim=1).indices
             residual = residual - book[nearest]
             codes.append(nearest.view(len(latents), -1))
         return torch.stack(codes, dim=1)
 
-    def latents_of(chunks: torch.Tensor) -> torch.Tensor:
-        segment_samples = model.segment_length or chunks.shape[2]
-        latents = []
-        for start in range(0, chunks.shape[2], model.segment_stride or segment_samples):
-            segment = chunks[:, :, start : start + segment_samples]
-            if model.normalize:
-                mono = segment.mean(dim=1, keepdim=True)
-                segment = segment / (1e-8 + mono.pow(2).mean(dim=2, keepdim=True).sqrt())
-            latents.append(encoder(segment))
-        return torch.cat(latents, dim=2)
 
-    wants_latents = settings.aggregate in ("latent", "medoid")
-    fits = settings.batch_size
+def encode_clips(clips: Iterable[Clip], encoder: Encoder, settings: Settings) -> Iterator[Clip]:
+    """Encode the chunks of clips, whole blocks of them; yields the clips in their order.
 
-    @torch.inference_mode()
-    def encode(chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        nonlocal fits
-        while True:
-            try:
-                latents = [latents_of(part) for part in chunks.split(fits)]
-                codes = torch.cat([quantize(part) for part in latents]).cpu()
-                return codes, torch.cat(latents).cpu() if wants_latents else None
-            except torch.OutOfMemoryError:
-                if fits == 1:
-                    raise
-            fits = (fits + 1) // 2
-            say(f"note: out of GPU memory; going on with batches of {fits} chunks")
-            torch.cuda.empty_cache()
+    Every chunk is convolved on a core of its own, and every `batch_size` of them, in order, go
+    through the LSTM and the codebooks together. On CUDA one thread does it all, the GPU the rest.
+    """
+    pool = one_core_pool(THREADS if settings.device == "cpu" else 1)
+    ahead = 2 * (THREADS + settings.batch_size)  # chunks
+    waiting: deque[tuple[Clip, list]] = deque()  # a clip; for each chunk its batch and place there
+    batch: list[tuple[list, Future]] = []  # the chunks on the way into one: their clip's list, and
+    in_flight = 0
 
-    return encode
+    def close_batch() -> None:
+        codes = pool.submit(encoder.codes, [convolved for _, convolved in batch])
+        for place, (parts, _) in enumerate(batch):
+            parts.append((codes, place))
+        batch.clear()
+
+    try:
+        for clip in clips:
+            waiting.append((clip, parts := []))
+            in_flight += len(clip.chunks)
+            for chunk in clip.chunks:
+                batch.append((parts, pool.submit(encoder.convolve, chunk)))
+                if len(batch) == settings.batch_size:
+                    close_batch()
+            if batch and clip.index % BLOCK_CLIPS == BLOCK_CLIPS - 1:
+                close_batch()
+            while in_flight - len(waiting[0][0].chunks) > ahead:
+                in_flight -= len(waiting[0][0].chunks)
+                yield with_codes(*waiting.popleft())
+        if batch:
+            close_batch()
+        while waiting:
+            yield with_codes(*waiting.popleft())
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def with_codes(clip: Clip, parts: list[tuple[Future, int]]) -> Clip:
+    """A clip with what its chunks' batches have at their places."""
+    results = [(*batch.result(), place) for batch, place in parts]
+    if results:
+        clip.codes = np.stack([codes[place] for codes, _, _, place in results])
+        clip.latents = [latents[place] for _, latents, _, place in results if latents is not None]
+        clip.encode_s = sum(seconds for _, _, seconds, _ in results)
+    clip.chunks = []
+    return clip
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -846,7 +1195,7 @@ def aggregate(clip: Clip, how: str, model: EncodecModel) -> np.ndarray:
     medoid: the codes of the chunk whose latents are nearest to that mean (Euclidean).
     none: every chunk's codes.
     """
-    codes = np.stack(clip.codes)  # [N, K, F]
+    codes = clip.codes  # [N, K, F]
     if how == "none":
         return codes
     if how == "mean":
@@ -861,86 +1210,97 @@ def aggregate(clip: Clip, how: str, model: EncodecModel) -> np.ndarray:
     return coded.transpose(0, 1).cpu().numpy()
 
 
-def csv_line(cells: Iterable) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue().encode()
+def csv_line(cells: Iterable[object]) -> str:
+    """A line of a CSV. (Python 3.11's csv module leaves a lone carriage return unquoted.)"""
+
+    def quoted(text: str) -> str:
+        return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
+
+    return ",".join(quoted(str(cell)) for cell in cells) + "\n"
 
 
-def columns(how: str, num_tokens: int) -> list[str]:
+def columns(how: str, dataset: Dataset, num_tokens: int) -> list[str]:
     """The CSV's header."""
-    chunk = ["chunk"] if how == "none" else []
-    return COLUMNS + chunk + [f"token_{i}" for i in range(num_tokens)]
+    chunk = ["chunk", "start_sec"] if how == "none" else []
+    return COLUMNS + chunk + dataset.columns + [f"token_{i}" for i in range(num_tokens)]
 
 
-def clip_rows(clip: Clip, how: str, rows: np.ndarray) -> list[bytes]:
+CODE_TEXTS = np.array([str(code) for code in range(NUM_CODES)], dtype=object)
+
+
+def clip_rows(clip: Clip, rows: np.ndarray, settings: Settings) -> Iterator[str]:
     """A clip's lines of the CSV, from the codes [R, K, F] of its rows."""
     shape, duration_s = rows.shape[1:], round(clip.duration_s, 6)
     facts = [clip.fname, clip.labels, math.prod(shape), shape, clip.num_chunks, duration_s]
-    chunk = [[i] if how == "none" else [] for i in range(len(rows))]
-    return [csv_line(facts + chunk[i] + row.ravel().tolist()) for i, row in enumerate(rows)]
+    for i, row in enumerate(rows):
+        chunk = []
+        if settings.aggregate == "none":
+            chunk = [i, round(clip.starts[i] / MODELS[settings.model].sample_rate, 6)]
+        cells = csv_line([*facts, *chunk, *clip.extra])[:-1]
+        yield f"{cells},{','.join(CODE_TEXTS[row.ravel()])}\n"
 
 
-def shared_frames(model: EncodecModel, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """The frames that a chunk shares with the next one, hop_samples later: indices in each [S].
-
-    A frame is shared where the next chunk has one within half a frame of it.
-    """
-    chunk, frame = settings.chunk_samples, int(model.encoder.hop_length)
-    length = model.segment_length or chunk
-    starts = range(0, chunk, model.segment_stride or length)
-    times = np.concatenate([np.arange(s, min(s + length, chunk), frame) for s in starts])
-    distances = np.abs(times[:, None] - (times + settings.hop_samples))  # [F, F]
-    nearest = distances.argmin(axis=0)
-    is_shared = distances.min(axis=0) <= frame / 2
-    return nearest[is_shared], np.flatnonzero(is_shared)
+def code_counts(codes: np.ndarray) -> np.ndarray:
+    """[N, K, F] -> [K, 1024]: how often each code occurs."""
+    return np.stack([np.bincount(k.ravel(), minlength=NUM_CODES) for k in codes.swapaxes(0, 1)])
 
 
-def code_usage(codes: np.ndarray) -> np.ndarray:
-    """[R, K, F] -> [K, 1024]: how often each code occurs."""
-    return np.stack([np.bincount(k.ravel(), minlength=1024) for k in codes.swapaxes(0, 1)])
-
-
-def block_rows(clips: list[Clip], settings: Settings, model: EncodecModel) -> tuple[list, dict]:
-    """A finished block as the lines of its rows, and as facts for the summary.
-
-    usage [K, 1024] is how often each code occurs in the rows; same [K], how often a frame that two
-    neighbouring chunks share has the same code in both (the last chunk, off the grid, left out).
-    """
-    how, (ends, starts) = settings.aggregate, shared_frames(model, settings)
-    lines, counts, usage, same = [], Counter(), np.zeros(1, int), np.zeros(1, int)
-    for clip in clips:
-        if clip.error:
-            counts["failed"] += 1
-            continue
-        rows = aggregate(clip, how, model)
-        lines += clip_rows(clip, how, rows)
-        padding_s = max(0.0, settings.target_duration - clip.duration_s)
-        formula = clip.fname[:1] in FORMULA or clip.labels[:1] in FORMULA
-        pairs = list(zip(clip.codes[:-2], clip.codes[1:-1]))
-        counts.update(tokenized=1, rows=len(rows), tokens=rows.size, chunks=clip.num_chunks)
-        counts.update(audio_s=clip.duration_s, padded=int(padding_s > 0), padding_s=padding_s)
-        counts.update({"formulas": int(formula), str(rows.shape[1:]): len(rows)})
-        counts.update(shared_frames=len(pairs) * len(ends))
-        usage = usage + code_usage(rows)
-        same = same + sum((one[:, ends] == next_[:, starts]).sum(axis=1) for one, next_ in pairs)
-    facts = {
-        "num_clips": len(clips),
-        "counts": counts,
-        "failures": [(clip.fname, clip.error) for clip in clips if clip.error],
-        "silent": [clip.fname for clip in clips if clip.silent],
-        "usage": usage.tolist(),
-        "same": same.tolist(),
-    }
-    return lines, facts
+def perplexity(counts: np.ndarray) -> np.ndarray:
+    """How many codes, used evenly, would be as varied as those counted in [K, 1024]: [K]."""
+    share = counts / counts.sum(axis=1, keepdims=True)
+    return np.exp(-(share * np.log(np.where(share > 0, share, 1))).sum(axis=1))
 
 
 # -------------------------------------------------------------------------------------------- files
 
 
-def write_file(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file whole or not at all: under another name, onto the disk, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
+class Block(NamedTuple):
+    """What is kept of consecutive clips."""
+
+    records: list[Record]
+    counts: list[list[int]]  # [K, 1024]: how often the chunks have each code; [] where all failed
+    shape: list[int]  # codebooks, frames of a row; [] where all failed
+    lines: bytes  # of the CSV
+
+
+def make_block(clips: list[Clip], settings: Settings, model: EncodecModel) -> Block:
+    """The records and rows of clips that have their codes or an error."""
+    done = [clip for clip in clips if not clip.error]
+    rows = ((clip, aggregate(clip, settings.aggregate, model)) for clip in done)
+    lines = "".join(line for clip, codes in rows for line in clip_rows(clip, codes, settings))
+    counts = code_counts(np.concatenate([clip.codes for clip in done])).tolist() if done else []
+    shape = [*done[0].codes.shape[1:]] if done else []
+    return Block(clips, counts, shape, lines.encode())
+
+
+def pack_block(block: Block, run_digest: str) -> bytes:
+    """The SHA-256 of what follows, the digest of the run, the facts, a line each; the rows."""
+    records = [[getattr(r, field.name) for field in fields(Record)] for r in block.records]
+    facts = to_json([records, block.counts, block.shape])
+    body = b"\n".join([run_digest.encode(), facts, block.lines])
+    return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+
+
+def unpack_block(data: bytes) -> tuple[str, Block] | None:
+    """The digest of the run and the block; None where it is damaged."""
+    checksum, _, body = data.partition(b"\n")
+    if hashlib.sha256(body).hexdigest().encode() != checksum:
+        return None
+    run_digest, facts, lines = body.split(b"\n", 2)
+    records, counts, shape = json.loads(facts)
+    records = [Record(*record) for record in records]
+    return run_digest.decode(), Block(records, counts, shape, lines)
+
+
+def to_json(content: object, indent: int | None = None) -> bytes:
+    """Names that are no UTF-8 (surrogates) are kept, as JSON's own escapes."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    return text.encode(errors="backslashreplace")
+
+
+def write_file(path: Path, pieces: Iterable[bytes], workplace: Path) -> None:
+    """Write a file whole or not at all: in another folder, onto the disk, then renamed."""
+    temporary = workplace / f"{uuid.uuid4().hex}.tmp"
     with temporary.open("wb") as file:
         file.writelines(pieces)
         file.flush()
@@ -952,483 +1312,711 @@ def write_file(path: Path, pieces: Iterable[bytes]) -> None:
         os.close(folder)
 
 
-def write_json(path: Path, content: dict) -> None:
-    write_file(path, [json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"])
+def changes(found: dict, wanted: dict) -> str:
+    """What is not the same in two dicts, a line each; what is a flag, by its name."""
+    flags = {field.name for field in fields(Settings)}
+    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    lines = (f"{'--' * (k in flags)}{k}: {found.get(k)} -> {wanted.get(k)}" for k in keys)
+    return "".join(f"  {line}\n" for line in lines)
 
 
-def read_json(path: Path) -> dict | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def owner() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 class Output:
     """The files of one dataset, and its blocks on the way there.
 
-    A block file is the SHA-256 of what follows on the first line, a JSON object (counts, seconds a
-    stage, failures) on the second, then the CSV rows.
+    One record, tokenized_<stem>.json, says what is here. It is written first, with "finished":
+    false, and last, with true; `run` is all that decides the rows (see identity).
+
+    | the record                       | the CSV  | what is here                       |
+    |----------------------------------|----------|------------------------------------|
+    | none                             | none     | nothing                            |
+    | of this run, not finished        | any      | unfinished: its blocks are used    |
+    | of this run, finished            | is there | finished                           |
+    | another run's, or of more clips; | any      | another's: left alone, or replaced |
+    | none, or none that can be read   | is there | by --overwrite                     |
     """
 
-    def __init__(self, folder: Path, stem: str) -> None:
+    def __init__(self, folder: Path, dataset: Dataset, run: dict) -> None:
+        stem = dataset.stem
+        self.dataset, self.run = dataset, run
+        self.digest = hashlib.sha256(to_json(run)).hexdigest()  # in every block
+        self.attempt = uuid.uuid4().hex[:8]  # in every block's name; the first process's
         self.csv = folder / f"tokenized_{stem}.csv"
         self.json = folder / f"tokenized_{stem}.json"
         self.summary = folder / f"summary_{stem}.txt"
         self.failed = folder / f"failed_{stem}.csv"
+        self.parquet = folder / f"tokenized_{stem}.parquet"
         self.picture = folder / f"summary_{stem}.png"
         self.listen = folder / f"listen_{stem}"
         self.blocks = folder / f"tokenized_{stem}.blocks"
-        self.run = self.blocks / "run.json"  # what the unfinished run was started with, by whom
-        self.lock = filelock.FileLock(self.blocks / "lock")
-
-    def block(self, index: int) -> Path:
-        return self.blocks / f"{index:05d}.block"
+        # Beside the folder of the blocks, which goes; it stays, for to remove a lock is a race.
+        self.lock = folder / f".tokenized_{stem}.lock"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the output against other runs; the lock dies with the process."""
-        self.blocks.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.lock, timeout=0)
         try:
-            self.lock.acquire(timeout=0)
+            self.lock.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
         except filelock.Timeout as error:
-            owner = (read_json(self.run) or {}).get("owner", "another process")
+            maker = (self.record() or {}).get("owner", "another process")
             hint = "wait for it, or choose another --output_dir"
-            raise UserError(f"{self.csv} is being made by {owner}: {hint}") from error
+            raise UserError(f"{self.csv} is being made by {maker}: {hint}") from error
+        except OSError as error:
+            raise UserError(f"--output_dir {self.lock.parent} cannot be used: {error}") from error
         try:
+            record = self.record()
+            if self.state(record) == "unfinished":  # whose owner has died
+                self.write_record({**record, "owner": owner()})
             yield
         finally:
-            if not self.unfinished():
-                shutil.rmtree(self.blocks, ignore_errors=True)
-            self.lock.release()
+            lock.release()
 
-    def unfinished(self) -> dict | None:
-        """What an unfinished run was started with; None where there is none, or without a block."""
-        return read_json(self.run) if any(self.blocks.glob("*.block")) else None
+    def record(self) -> dict | None:
+        """The record, {} for one that cannot be one; None: there is none. Raises OSError."""
+        try:
+            found = json.loads(self.json.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {} if self.csv.exists() else None
+        except ValueError:
+            found = None
+        return found if isinstance(found, dict) else {}
 
-    def write_block(self, index: int, lines: list[bytes], facts: dict) -> None:
-        body = json.dumps(facts, ensure_ascii=False).encode() + b"\n" + b"".join(lines)
-        checksum = hashlib.sha256(body).hexdigest().encode() + b"\n"
-        write_file(self.block(index), [checksum, body])
+    def state(self, record: dict | None) -> str:
+        """What is here: see the table above."""
+        if record is None:
+            return "nothing"
+        if self.differences(record):
+            return "another's"
+        return "finished" if record["finished"] and self.csv.exists() else "unfinished"
 
-    def read_block(self, index: int, num_clips: int) -> tuple[dict, bytes] | None:
-        """A block's facts and rows; None where there is none of so many clips that is whole."""
-        path = self.block(index)
-        if not path.exists():
+    def differences(self, record: dict) -> str:
+        """What of a record is not of this run, a line each, by the flags' names."""
+        if "num_clips" not in record:
+            return f"  no record in {self.json.name} of what made it\n"
+        wanted = {**self.run, "max_samples": len(self.dataset.clips)}
+        found = {**{key: record.get(key) for key in self.run}, "max_samples": record["num_clips"]}
+        if found["max_samples"] <= wanted["max_samples"]:  # more are wanted: it is gone on with
+            del found["max_samples"], wanted["max_samples"]
+        return changes(found, wanted)
+
+    def begin(self, overwrite: str | None) -> list[int] | None:
+        """Write the record of an unfinished run; the blocks that it has to make, None if finished.
+
+        A finished row is given up for `overwrite` alone, the id of the run that makes all anew:
+        where more clips are wanted, or failed ones have come back, those that are done have to be
+        as they were. Raises UserError: going on would mix settings or lose finished rows.
+        """
+        record, num_clips = self.record() or {}, len(self.dataset.clips)
+        ways_on = "Replace it with --overwrite, or choose another --output_dir."
+        anew = overwrite is not None and record.get("overwrite") != overwrite
+        state = "nothing" if anew else self.state(self.record())
+        if state == "another's":
+            how = self.differences(record)
+            raise UserError(f"{self.csv} was made, or begun, in another way:\n{how}{ways_on}")
+        kept = [] if anew else record.get("clips", [])
+        facts = {"finished": False, "num_clips": num_clips, "clips": kept}
+        facts["overwrite"] = overwrite if anew else record.get("overwrite")
+        facts["owner"] = owner()
+        self.blocks.mkdir(exist_ok=True)
+        states = self.file_states([(fname, file) for fname, file, _ in kept])
+        errors = [error for _, _, error in kept]
+        lost = [c[0] for c, at, error in zip(kept, states, errors) if at != "same" and not error]
+        if lost:
+            names = ", ".join(lost[:3]) + ", ..." * (len(lost) > 3)
+            what = f"{len(lost)} clips' files have changed or gone since {self.csv} was made"
+            raise UserError(f"{what} ({names}). {ways_on}")
+        if state == "finished" and record["num_clips"] == num_clips and "changed" not in states:
+            if not any(errors):  # else the blocks stay, see join
+                shutil.rmtree(self.blocks)
             return None
-        checksum, _, body = path.read_bytes().partition(b"\n")
-        if hashlib.sha256(body).hexdigest().encode() != checksum:
+        there = set() if anew else self.adopt_blocks()
+        if anew:
+            shutil.rmtree(self.blocks)
+            self.blocks.mkdir()
+        self.write_record(facts)
+        if anew:
+            self.remove(self.csv, self.summary, self.failed)
+        return [index for index in range(len(self.dataset.blocks)) if index not in there]
+
+    def adopt_blocks(self) -> set[int]:
+        """Take over what earlier attempts have left of this run, under this attempt's names.
+
+        Only these are read afterwards: what a process of a dead attempt may still write is no
+        block. A block is given up where a file of its clips has changed since.
+        """
+        there = set()
+        for path in sorted(self.blocks.iterdir()):
+            index = int(path.name[:5]) if path.suffix == ".block" else None
+            block = None if index is None else self.read_block(index, path)
+            if block and "changed" not in self.file_states(
+                [(r.fname, r.file) for r in block.records]
+            ):
+                path.replace(self.block_path(index))
+                there.add(index)
+            elif path.suffix != ".damaged":
+                path.unlink(missing_ok=True)
+        return there
+
+    def file_states(self, files: list[tuple[str, str | None]]) -> list[str]:
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(lambda file: file_state(self.dataset.audio_dir, *file), files))
+
+    def block_path(self, index: int) -> Path:
+        return self.blocks / f"{index:05d}.{self.attempt}.block"
+
+    def write_block(self, index: int, block: Block) -> None:
+        packed = pack_block(block, self.digest)
+        write_file(self.block_path(index), [packed], self.blocks)
+
+    def read_block(self, index: int, path: Path | None = None) -> Block | None:
+        """None where there is none that is whole, of this run and of these clips."""
+        path = path or self.block_path(index)
+        try:
+            unpacked = unpack_block(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        if unpacked is None:
             path.replace(path.with_suffix(".damaged"))
             say(f"note: {path} was damaged; it is set aside as .damaged and made again")
             return None
-        facts, _, rows = body.partition(b"\n")
-        facts = json.loads(facts)
-        return (facts, rows) if facts["num_clips"] == num_clips else None
+        run_digest, block = unpacked
+        names = [[clip.fname for clip in clips] for clips in self.dataset.blocks[index : index + 1]]
+        is_ours = run_digest == self.digest and [[r.fname for r in block.records]] == names
+        return block if is_ours else None
 
-    def settle(self, made_by: dict, num_clips: int, overwrite: bool) -> bool:
-        """Compare what is here with what is to be made; False where it is made already.
+    def write_record(self, facts: dict) -> None:
+        """The record: this run's identity and `facts`; of the latter the clips, a line each."""
+        clips = ",\n".join("    " + json.dumps(c, ensure_ascii=False) for c in facts["clips"])
+        rest = {key: value for key, value in facts.items() if key != "clips"}
+        head = to_json({**self.run, **rest}, indent=2).removesuffix(b"\n}")
+        tail = f',\n  "clips": [\n{clips}\n  ]\n}}\n'.encode(errors="backslashreplace")
+        write_file(self.json, [head, tail], self.blocks)
 
-        Removes leftover temporary files, and the blocks that --overwrite gives up.
-        Raises UserError: going on would mix settings, or replace a finished file by another.
-        """
-        ways_on = "Replace it with --overwrite, or keep it and choose another --output_dir."
+    def remove(self, *paths: Path) -> None:
+        """Remove files, and what was made from the CSV that they go with."""
+        for path in (*paths, self.parquet, self.picture):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.listen, ignore_errors=True)
 
-        def differences(found: dict) -> str:
-            pairs = [(key, found.get(key), made_by[key]) for key in made_by]
-            if found["num_clips"] > num_clips:
-                pairs.append(("number of clips", found["num_clips"], num_clips))
-            return "".join(f"  {key}: {old} -> {new}\n" for key, old, new in pairs if old != new)
-
-        finished, unfinished = read_json(self.json), self.unfinished()
-        changes = differences(unfinished) if unfinished else ""
-        resumes = unfinished and not changes and unfinished["num_clips"] == num_clips
-        if self.csv.exists() and not overwrite and not resumes:
-            if finished and (other := differences(finished)):
-                raise UserError(f"{self.csv} was made with other settings:\n{other}{ways_on}")
-            if finished and finished["num_clips"] == num_clips:
-                return False
-            if not finished and not unfinished:
-                raise UserError(f"{self.csv} is there, but not {self.json.name} with it. {ways_on}")
-        if changes and not overwrite:
-            what = f"{self.blocks} holds an unfinished run with other settings"
-            raise UserError(f"{what}:\n{changes}{ways_on}")
-        if changes or not unfinished:  # blocks without run.json: the last run was killed at its end
-            for path in self.blocks.glob("*.block"):
-                path.unlink()
-        for path in (self.csv, self.json, self.summary, self.failed):
-            path.with_name(path.name + ".tmp").unlink(missing_ok=True)
-        for path in self.blocks.glob("*.tmp"):
-            path.unlink()
-        return True
-
-    def join(self, sizes: list[int], made_by: dict, started: float) -> dict:
-        """Write the final files from the blocks; the JSON, which says that all is there, last."""
-
-        def read(index: int) -> tuple[dict, bytes]:
-            block = self.read_block(index, sizes[index])
+    def blocks_in_order(self) -> Iterator[Block]:
+        for index in range(len(self.dataset.blocks)):
+            block = self.read_block(index)
             if block is None:
-                raise OSError(f"{self.block(index)} is gone or damaged")
-            return block
+                raise OSError(f"{self.block_path(index)} is gone or damaged")
+            yield block
 
-        counts, stage_s, failures, silent = Counter(), Counter(), [], []
-        usage, same = np.zeros(1), np.zeros(1)
-        for index in range(len(sizes)):
-            facts, _ = read(index)
-            counts.update(facts["counts"])
-            stage_s.update(facts["stage_s"])
-            failures += facts["failures"]
-            silent += facts["silent"]
-            usage, same = usage + np.array(facts["usage"]), same + np.array(facts["same"])
-        self.failed.unlink(missing_ok=True)
+    def join(self, facts: dict) -> tuple[int, int]:
+        """Write the final files from the blocks, last the record. Returns: clips done, failed."""
+        records, counts = [], np.zeros((1, NUM_CODES), int)
+        for block in self.blocks_in_order():
+            records += block.records
+            if block.counts:
+                counts = counts + np.array(block.counts)
+        failures = [(record.fname, record.error) for record in records if record.error]
         if failures:
-            write_file(self.failed, map(csv_line, [("fname", "error"), *failures]))
-        results = {"num_clips": sum(sizes), **{key: counts[key] for key in ("tokenized", "failed")}}
-        if counts["tokenized"]:
-            header = csv_line(columns(made_by["aggregate"], counts["tokens"] // counts["rows"]))
-            self.json.unlink(missing_ok=True)  # it speaks for the CSV that goes now
-            write_file(self.csv, chain([header], (read(index)[1] for index in range(len(sizes)))))
-            facts = {**made_by, **results}
-            text = summary(facts, counts, stage_s, time.perf_counter() - started)
-            text += health(counts, usage, same, silent)
-            write_file(self.summary, [text.encode()])
-            write_json(self.json, facts)
-        self.run.unlink()
-        return results
+            lines = map(csv_line, [("fname", "error"), *failures])
+            lines = (line.encode(errors="backslashreplace") for line in lines)
+            write_file(self.failed, lines, self.blocks)
+        if len(failures) == len(records):
+            self.remove(self.csv, self.summary)
+            return 0, len(failures)
+        lines = (block.lines for block in self.blocks_in_order())
+        shape = next(block.shape for block in self.blocks_in_order() if block.lines)
+        header = csv_line(columns(self.run["aggregate"], self.dataset, math.prod(shape)))
+        write_file(self.csv, chain([header.encode()], lines), self.blocks)
+        facts |= {
+            "num_clips": len(records),
+            "tokenized": len(records) - len(failures),
+            "failed": len(failures),
+            "token_shape": shape,
+            "codes_in_use": (counts > 0).sum(axis=1).tolist(),
+            "perplexity": perplexity(counts).round(1).tolist(),
+        }
+        text = summary({**self.run, **facts}, records, self.dataset)
+        write_file(self.summary, [text.encode(errors="backslashreplace")], self.blocks)
+        self.remove(*([] if failures else [self.failed]))
+        clips = [[record.fname, record.file, record.error] for record in records]
+        overwrite = self.record().get("overwrite")
+        self.write_record({"finished": True, "overwrite": overwrite, **facts, "clips": clips})
+        if not failures:  # else they stay, so that a rerun has to make those of failed clips alone
+            shutil.rmtree(self.blocks, ignore_errors=True)
+        return facts["tokenized"], len(failures)
 
 
-def perplexity(usage: np.ndarray) -> np.ndarray:
-    """How many codes, used evenly, would be as varied as those counted in [K, 1024]: [K]."""
-    share = usage / usage.sum(axis=1, keepdims=True)
-    return np.exp(-(share * np.log(np.where(share > 0, share, 1))).sum(axis=1))
-
-
-def health(counts: Counter, usage: np.ndarray, same: np.ndarray, silent: list[str]) -> str:
-    """What is in the tokens, for the summary. `usage` [K, 1024], `same` [K]: see block_rows."""
-    lines = ["", "Token health:"]
-    for k, (used, even) in enumerate(zip((usage > 0).sum(axis=1), perplexity(usage))):
-        text = f"  codebook {k}: {used} of 1024 codes in use ({used / 1024:.1%})"
-        lines.append(f"{text}, perplexity {even:.1f}")
-        if counts["shared_frames"]:
-            lines[-1] += f", same code in {same[k] / counts['shared_frames']:.1%} of shared frames"
-    lines.append("  (shared frames: those that two neighbouring chunks of a clip both cover)")
-    padded = f"Padded samples: {counts['padded']}"
-    if counts["padded"]:
-        padded += f", by {counts['padding_s'] / counts['padded']:.2f} s on average"
-    names = f": {', '.join(silent)}" if silent else ""
-    return "\n".join([*lines, padded, f"Silent samples: {len(silent)}{names}", ""])
-
-
-def summary(facts: dict, counts: Counter, stage_s: Counter, wall_s: float) -> str:
-    """The text summary: what was made, from what, how, and where the time went."""
-    n, stem = counts["tokenized"], facts["dataset"]
-    notes = []
+def cautions(facts: dict, dataset: Dataset) -> list[str]:
+    """What the summary begins with, where there is cause."""
+    lines = []
     if facts["weights"] == UNTRAINED:
-        notes += ["WARNING: untrained weights. These tokens rehearse the run and mean nothing.", ""]
-    if counts["formulas"]:
-        rows = f"{counts['formulas']} rows have a name or label that begins with = + - or @"
-        notes += [f"WARNING: {rows}, kept exact. Do not open the CSV in a spreadsheet program.", ""]
+        lines += ["WARNING: untrained weights. These tokens rehearse the run and mean nothing.", ""]
+    texts = (text for clip in dataset.clips for text in (clip.fname, clip.labels, *clip.extra))
+    if formulas := sum(text[:1] in FORMULA for text in texts if text):
+        what = f"{formulas} names or labels begin with = + - or @"
+        lines += [f"WARNING: {what}, kept exact. Do not open the CSV in a spreadsheet program.", ""]
+    return lines
+
+
+def summary(facts: dict, records: list[Record], dataset: Dataset) -> str:
+    """The text summary: what was made, from what, how, and where the time went."""
+    done = [record for record in records if not record.error]
+    n, audio_s, chunks = len(done), sum(r.duration_s for r in done), sum(r.num_chunks for r in done)
+    rows, shape = chunks if facts["aggregate"] == "none" else n, facts["token_shape"]
+    padding = [facts["target_duration"] - r.duration_s for r in done]
+    padding = [seconds for seconds in padding if seconds > 0]
+    silent = [record.fname for record in done if record.silent]
+    failed = f" (see failed_{dataset.stem}.csv)" if facts["failed"] else ""
+    by = f", by {np.mean(padding):.2f} s on average" if padding else ""
     lines = [
-        f"EnCodec tokens of {stem}",
+        f"EnCodec tokens of {dataset.stem}",
         "",
-        *notes,
+        *cautions(facts, dataset),
         f"Samples processed: {n}",
-        f"Failures: {counts['failed']}" + f" (see failed_{stem}.csv)" * bool(counts["failed"]),
-        f"Rows: {counts['rows']}",
-        f"Average tokens per sample: {counts['tokens'] / n:.1f}",
-        f"Average duration: {counts['audio_s'] / n:.2f} s",
-        f"Total duration: {counts['audio_s']:.1f} s ({counts['audio_s'] / 3600:.2f} h)",
-        f"Average chunks per sample: {counts['chunks'] / n:.2f}",
+        f"Failures: {facts['failed']}{failed}",
+        f"Rows: {rows}",
+        f"Average tokens per sample: {math.prod(shape) * rows / n:.1f}",
+        f"Average duration: {audio_s / n:.2f} s",
+        f"Total duration: {audio_s:.1f} s ({audio_s / 3600:.2f} h)",
+        f"Average chunks per sample: {chunks / n:.2f}",
+        f"Padded samples: {len(padding)}{by}",
+        f"Silent samples: {len(silent)}" + ": " * bool(silent) + ", ".join(silent),
         "Token shapes (codebooks, frames):",
-        *(f"  {shape}: {count} rows" for shape, count in counts.items() if shape[0] == "("),
+        f"  {tuple(shape)}: {rows} rows",
+        "",
+        "Codes of the chunks, before they are averaged:",
+        *(
+            f"  codebook {k}: {used} of {NUM_CODES} codes in use ({used / NUM_CODES:.1%}), "
+            f"perplexity {even:.1f}"
+            for k, (used, even) in enumerate(zip(facts["codes_in_use"], facts["perplexity"]))
+        ),
         "",
         "Settings:",
         *(f"  {key}: {value}" for key, value in facts.items()),
         "",
-        "Seconds in each stage, summed over its threads:",
-        *(f"  {stage}: {s:.2f}" for stage, s in stage_s.items()),
-        f"Seconds of the last run, from start to end: {wall_s:.2f}",
+        "Seconds of work, summed over clips, threads and runs:",
+        f"  loading and resampling: {sum(r.load_s for r in records):.2f}",
+        f"  encoding: {sum(r.encode_s for r in records):.2f}",
     ]
     return "\n".join(lines) + "\n"
 
 
-# --------------------------------------------------------------------------- pictures and listening
-
-
-def first_chunk(settings: Settings, dataset: Dataset, fname: str) -> torch.Tensor:
-    """A clip's first chunk as the model hears it: [C, T] at the model's rate. Raises BadClip."""
-    spec, path = MODELS[settings.model], clip_path(dataset.audio_dir, fname)
-    samples, rate, _ = load_clip(path, spec.channels, settings.max_duration)
-    audio = resampler(rate, spec.sample_rate, "cpu")(samples)
-    return split_chunks(audio, settings.chunk_samples, settings.hop_samples)[0]
+# ------------------------------------------------------------- made from the CSV: pictures and more
 
 
 def read_rows(path: Path) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
-    """The CSV in parts: some rows, and their codes [R, K, F]."""
-    options = {"dtype": {"fname": str}, "keep_default_na": False, "chunksize": BLOCK_CLIPS}
-    for table in pd.read_csv(path, **options):
+    """The CSV in parts: some rows without their tokens, and their codes [R, K, F]."""
+    import pandas as pd
+
+    names = pd.read_csv(path, nrows=0).columns
+    tokens = [name for name in names if re.fullmatch(r"token_\d+", name)]
+    types = dict.fromkeys(names.difference(tokens), str) | dict.fromkeys(tokens, np.uint16)
+    types |= {"num_tokens": np.int32, "num_chunks": np.int32, "duration_sec": float}
+    types |= {name: float for name in names if name == "start_sec"}
+    parts = pd.read_csv(path, dtype=types, keep_default_na=False, chunksize=BLOCK_CLIPS)
+    for table in parts:
         shape = map(int, re.findall(r"\d+", table["token_shape"].iloc[0]))
-        yield table, table.filter(regex=r"^token_\d+$").to_numpy().reshape(-1, *shape)
+        yield table.drop(columns=tokens), table[tokens].to_numpy().reshape(-1, *shape)
 
 
-def first_rows(path: Path, num_clips: int) -> list[tuple[str, np.ndarray]]:
-    """The first clips in the CSV: the name and the codes [K, F] of the first row of each."""
-    rows: dict[str, np.ndarray] = {}
+def write_parquet(output: Output) -> Path:
+    """The rows again, with their tokens as one list column."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    temporary, writer = output.parquet.with_suffix(".tmp"), None
+    for table, codes in read_rows(output.csv):
+        rows = pa.Table.from_pandas(table, preserve_index=False)
+        tokens = pa.array(list(codes.reshape(len(codes), -1)), pa.list_(pa.uint16()))
+        rows = rows.append_column("tokens", tokens)
+        writer = writer or parquet.ParquetWriter(temporary, rows.schema)
+        writer.write_table(rows.cast(writer.schema))
+    writer.close()
+    temporary.replace(output.parquet)
+    return output.parquet
+
+
+def chosen_rows(path: Path, choose: Callable[[pd.DataFrame], Iterable[int]]) -> list[tuple]:
+    """Of the rows that `choose` picks by their numbers: the cells, by name, and the codes [K, F].
+
+    It sees one row a clip, without the tokens.
+    """
+    import pandas as pd
+
+    clips = pd.concat(table for table, _ in read_rows(path)).reset_index(drop=True)
+    clips = clips[~clips.duplicated(["fname", "labels"])]
+    wanted, start, found = list(choose(clips)), 0, {}
     for table, codes in read_rows(path):
-        for fname, one in zip(table["fname"], codes):
-            if len(rows) < num_clips:
-                rows.setdefault(fname, one)
-        if len(rows) == num_clips:
-            break
-    return list(rows.items())
+        for i in range(len(codes)):
+            if start + i in wanted:
+                found[start + i] = table.iloc[i], codes[i]
+        start += len(codes)
+    return [found[i] for i in wanted]
+
+
+def first_chunk(settings: Settings, dataset: Dataset, fname: str) -> torch.Tensor | None:
+    """A clip's first chunk as the model hears it, [C, T]; None where it cannot be read any more."""
+    clip = load_clip(Clip(fname), replace(settings, device="cpu"), dataset.audio_dir)
+    if clip.error:
+        say(f"note: {fname} cannot be read any more: {clip.error}")
+    return clip.chunks[0] if clip.chunks else None
 
 
 @torch.no_grad()
-def write_listening(
-    settings: Settings, dataset: Dataset, output: Output, weights: Path | None
-) -> None:
+def write_listening(settings: Settings, output: Output, model: EncodecModel) -> Path:
     """Pairs of WAV files for the first clips: their first chunk, and what their row decodes to."""
-    model = load_model(settings, weights)
-    output.listen.mkdir(exist_ok=True)
-    for i, (fname, codes) in enumerate(first_rows(output.csv, settings.listen)):
-        try:
-            heard = first_chunk(settings, dataset, fname)
-        except BadClip as reason:
-            say(f"note: {fname} cannot be heard: {reason}")
+    model = model.cpu()
+    shutil.rmtree(output.listen, ignore_errors=True)
+    output.listen.mkdir()
+    rows = chosen_rows(output.csv, lambda clips: clips.index[: settings.listen])
+    for i, (cells, codes) in enumerate(rows):
+        heard = first_chunk(settings, output.dataset, cells["fname"])
+        if heard is None:
             continue
         frames = model.encode(heard[None])  # for the segments and their volumes
-        parts = torch.from_numpy(codes).split([c.shape[2] for c, _ in frames], dim=1)
+        codes = torch.from_numpy(codes.astype(np.int64))
+        parts = codes.split([c.shape[2] for c, _ in frames], dim=1)
         scaled = [(part[None], scale) for part, (_, scale) in zip(parts, frames)]
         decoded = model.decode(scaled)[0, :, : heard.shape[1]]
-        name = f"{i:03d}_{re.sub(r'[^A-Za-z0-9_-]', '_', Path(fname).stem)}"
+        name = f"{i:03d}_{re.sub(r'[^A-Za-z0-9_-]', '_', Path(cells['fname']).stem)}"
         for kind, audio in {"heard": heard, "tokens": decoded}.items():
             sf.write(output.listen / f"{name}_{kind}.wav", audio.T.numpy(), model.sample_rate)
+    return output.listen
 
 
-def write_picture(settings: Settings, dataset: Dataset, output: Output) -> None:
+def short_median_long(clips: pd.DataFrame) -> list[int]:
+    by_duration = clips.sort_values("duration_sec", kind="stable").index
+    return list(dict.fromkeys(by_duration[[0, (len(clips) - 1) // 2, -1]]))
+
+
+def write_picture(settings: Settings, output: Output) -> Path:
     """Durations, chunks, codes in use, and the token maps of three clips under their waveforms."""
     from matplotlib.figure import Figure
 
-    clips, usage = [], 0
-    for table, codes in read_rows(output.csv):
-        clips.append(table[["fname", "duration_sec", "num_chunks"]])
-        usage = usage + code_usage(codes)
-    clips, firsts = pd.concat(clips).drop_duplicates("fname"), first_rows(output.csv, 3)
-
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    record = output.record()
+    clips = []
+    rows = chosen_rows(output.csv, lambda c: clips.append(c) or short_median_long(c))
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    weights = record["weights_file"] or record["weights"]
+    figure.suptitle(
+        f"{record['dataset']}: {record['model']}, {record['bandwidth']:g} kbps, "
+        f"aggregate {record['aggregate']}, weights {weights}", parse_math=False,
+    )  # fmt: skip
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.5))
-    lengths, counts, books = top.subplots(1, 3)
-    lengths.hist(clips["duration_sec"], bins=40, color="#0072b2")
-    lengths.set(xlabel="duration of a clip (s)", ylabel="clips")
-    values, times = np.unique(clips["num_chunks"], return_counts=True)
-    counts.bar(values, times, color="#0072b2")
-    counts.set(xlabel="chunks of a clip", ylabel="clips")
-    for axis in (lengths.yaxis, counts.xaxis, counts.yaxis):
-        axis.get_major_locator().set_params(integer=True)
-    numbers = np.arange(len(usage))
-    books.bar(numbers - 0.2, (usage > 0).sum(axis=1), 0.4, color="#0072b2", label="codes in use")
-    books.bar(numbers + 0.2, perplexity(usage), 0.4, color="#e69f00", label="perplexity")
-    books.set(xlabel="codebook", ylabel="of 1024 codes", xticks=numbers)
-    books.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
-
-    panels = bottom.subplots(2, 3, sharex="col", squeeze=False, height_ratios=(1, 2))
-    for (wave, tokens), (fname, codes) in zip(panels.T, firsts):
-        try:
-            heard = first_chunk(settings, dataset, fname)[0]
-        except BadClip:
-            heard = torch.zeros(settings.chunk_samples)
-        span = (0, settings.target_duration)
-        wave.plot(np.linspace(*span, len(heard)), heard, color="black", linewidth=0.4)
-        wave.set(xlim=span, yticks=[])
-        wave.set_title(fname, fontsize="medium", parse_math=False)
-        image = tokens.imshow(
-            codes, aspect="auto", cmap="cividis", vmin=0, vmax=1023, interpolation="nearest",
-            extent=(*span, len(codes) - 0.5, -0.5),
-        )  # fmt: skip
-        tokens.set(xlabel="time in the chunk (s)", ylabel="codebook")
-    for axis in panels.T[len(firsts) :].ravel():
+    above = top.subplots(1, 3)
+    draw_counts(*above, clips[0], record)
+    panels = bottom.subplots(2, 3, squeeze=False, height_ratios=(1, 2))
+    for (wave, tokens), (cells, codes) in zip(panels.T, rows):
+        heard = first_chunk(settings, output.dataset, cells["fname"])
+        draw_clip(wave, tokens, cells, codes, heard, settings.target_duration)
+    for axis in panels[:, len(rows) :].ravel():
         axis.set_axis_off()
-    bottom.colorbar(image, ax=panels[1].tolist(), label="code", pad=0.01)
-    for axis in (lengths, counts, books, *panels[0]):
+    shown = [*above, *panels[:, : len(rows)].ravel()]
+    for letter, axis in zip("abcdefghi", shown):
+        axis.set_title(letter, loc="left", fontweight="bold", fontsize="medium")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(output.picture, dpi=150)
+    path = output.picture
+    if settings.plot:
+        path = Path(settings.plot)
+        if STEMS[settings.dataset][1:] and not settings.metadata:
+            path = path.with_stem(f"{path.stem}_{output.dataset.stem}")
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def draw_counts(
+    lengths: Axes, counts: Axes, books: Axes, clips: pd.DataFrame, record: dict
+) -> None:
+    """How long the clips are, how many chunks they have, how the codes are used."""
+    blue = "#0072b2"
+    lengths.hist(clips["duration_sec"], bins=40, color=blue)
+    lengths.set(xlabel="duration of a clip (s)", ylabel="clips")
+    counts.bar(*np.unique(clips["num_chunks"], return_counts=True), color=blue)
+    counts.set(xlabel="chunks of a clip", ylabel="clips")
+    numbers = np.arange(len(record["codes_in_use"]))
+    books.bar(numbers - 0.2, record["codes_in_use"], 0.4, color=blue, label="codes in use")
+    books.bar(numbers + 0.2, record["perplexity"], 0.4, color="#e69f00", label="perplexity")
+    books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes")
+    books.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
+    for axis in (lengths.yaxis, counts.xaxis, counts.yaxis, books.xaxis):
+        axis.get_major_locator().set_params(integer=True)
+
+
+def draw_clip(
+    wave: Axes,
+    tokens: Axes,
+    cells: pd.Series,
+    codes: np.ndarray,
+    heard: torch.Tensor | None,
+    target_s: float,
+) -> None:
+    """A clip's first chunk [C, T] over the tokens [K, F] of its row, with the padding shaded."""
+    import matplotlib
+
+    if heard is not None:
+        wave.plot(np.linspace(0, target_s, heard.shape[1]), heard[0], color="black", linewidth=0.4)
+    name, labels = (textwrap.shorten(cells[key], 40) for key in ("fname", "labels"))
+    wave.set_title(
+        f"{name}, {cells['duration_sec']:.2f} s\n{labels}", fontsize="small", parse_math=False
+    )
+    wave.set(xlim=(0, target_s), ylim=(-1, 1), yticks=(-1, 0, 1), ylabel="full scale")
+    # Codes are names: the colours of near ones are far apart.
+    shuffled = np.random.default_rng(0).permutation(NUM_CODES)[codes]
+    extent = (0, target_s, len(codes) - 0.5, -0.5)
+    tokens.imshow(
+        matplotlib.colormaps["turbo"](shuffled / NUM_CODES), aspect="auto",
+        interpolation="nearest", extent=extent,
+    )  # fmt: skip
+    tokens.set(xlabel="time in the chunk (s)", ylabel="codebook")
+    for axis in (wave, tokens):
+        axis.axvspan(
+            min(cells["duration_sec"], target_s), target_s, color="0.5", alpha=0.4, linewidth=0
+        )
 
 
 # ---------------------------------------------------------------------------------------------- run
 
 
-def identity(settings: Settings, dataset: Dataset, weights: Path | None) -> dict:
-    """All that decides the rows: runs that agree in it may share blocks."""
-    packages = ("torch", "torchaudio", "encodec", "soundfile", "numpy")
-    return {
-        "dataset": dataset.stem,
-        "dataset_csv_sha256": sha256_of(dataset.csv_path),
-        "model": settings.model,
-        "bandwidth_kbps": settings.bandwidth,
-        "target_duration_s": settings.target_duration,
-        "overlap": settings.overlap,
-        "aggregate": settings.aggregate,
-        "max_duration_s": settings.max_duration,
-        "weights": weights.name if weights else UNTRAINED,
-        "weights_sha256": sha256_of(weights) if weights else None,
-        "device": settings.device.partition(":")[0],
-        "batch_size": settings.batch_size,
-        "block_clips": BLOCK_CLIPS,
-        "versions": {package: version(package) for package in packages},
-    }
+def together(function: Callable, *args: object, first: bool = False) -> object:
+    """Call `function` in every process, or in the first one for all: what it returns.
+
+    A UserError in one of torchrun's processes is raised in all, so that none waits for it.
+    """
+    result, error = None, None
+    try:
+        if RANK == 0 or not first:
+            result = function(*args)
+    except UserError as refusal:
+        error = str(refusal)
+    if WORLD_SIZE > 1:
+        everyones = gather((result if first else None, error))
+        result = everyones[0][0] if first else result
+        error = next((error for _, error in everyones if error), None)
+    if error:
+        raise UserError(error)
+    return result
 
 
-def describe(clip: Clip) -> str:
-    """A clip's line for --debug."""
-    if clip.error:
-        return f"{clip.fname} [{clip.labels}] FAILED: {clip.error}"
-    first_tokens = " ".join(map(str, clip.codes[0].ravel()[:8]))
-    return (
-        f"{clip.fname} [{clip.labels}] {clip.rate} Hz, {clip.duration_s:.3f} s, "
-        f"chunks: {clip.num_chunks}, tokens of the first: {first_tokens} ..., "
-        f"loaded in {clip.load_s * 1e3:.1f} ms, encoded in {clip.encode_s * 1e3:.1f} ms"
-    )
+def gather(value: object) -> list:
+    """Every process's value, by rank."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
-def tokenize_blocks(
-    todo: list[int], settings: Settings, dataset: Dataset, encode: Encode, bar: tqdm
-) -> Iterator[tuple[list[Clip], Counter]]:
-    """The clips of each block in `todo`, with their codes or errors, and the seconds a stage."""
-    stage_s = Counter(loading=0.0, resampling=0.0, encoding=0.0)
-    audio_s, failed, started = 0.0, 0, time.perf_counter()
-
-    def encode_batch(batch: Batch) -> tuple[Batch, list[tuple], float]:
-        begun = time.perf_counter()
-        codes, latents = encode(batch.chunks) if batch.clips else (torch.empty(0), None)
-        unwanted = [None] * len(codes)
-        pairs = list(zip(codes.numpy(), unwanted if latents is None else latents))
-        return batch, pairs, time.perf_counter() - begun
-
-    batches = make_batches(todo, settings, dataset, stage_s)
-    threads = THREADS if settings.device == "cpu" else 1
-    for batch, encoded, encode_s in prefetch(encode_batch, batches, threads, ahead=2 * threads):
-        stage_s["encoding"] += encode_s
-        for clip, (codes, latents) in zip(batch.clips, encoded):
-            clip.codes.append(codes)
-            clip.latents.append(latents)
-            clip.encode_s += encode_s / len(batch.clips)
-        members = dict.fromkeys(batch.clips)
-        complete = [clip for clip in members if len(clip.codes) == clip.num_chunks]
-        for clip in complete + [clip for clip in batch.closes if clip.error]:
-            audio_s += clip.duration_s
-            failed += bool(clip.error)
-            bar.update()
-            if settings.debug:
-                say(describe(clip))
-        speed = audio_s / (time.perf_counter() - started)
-        bar.set_postfix_str(f"{speed:.0f} s of audio/s, {failed} failed", refresh=False)
-        if batch.closes:
-            yield batch.closes, Counter(stage_s)
-            stage_s.clear()
-
-
-def tokenize_dataset(settings: Settings, dataset: Dataset, weights: Path | None) -> int:
-    """Make one dataset's files, going on where a run before stopped. Returns the exit status."""
-    started = time.perf_counter()
-    output = Output(settings.output_dir, dataset.stem)
-    made_by = identity(settings, dataset, weights)
-    num_clips = len(dataset.clips)
-    sizes = [min(BLOCK_CLIPS, num_clips - start) for start in range(0, num_clips, BLOCK_CLIPS)]
-    with output.locked() if RANK == 0 else nullcontext():
-        todo = None
-        if RANK == 0 and output.settle(made_by, num_clips, settings.overwrite):
-            owner = f"process {os.getpid()} on {socket.gethostname()}"
-            write_json(output.run, {**made_by, "num_clips": num_clips, "owner": owner})
-            todo = [index for index, size in enumerate(sizes) if not output.read_block(index, size)]
-        todo = from_first_rank(todo)
-        if todo is None:
-            say(f"{output.csv} is finished already ({num_clips} clips); --overwrite makes it anew")
-            return 0
-        done = num_clips - sum(sizes[index] for index in todo)
-        if done:
-            say(f"going on after {done} of {num_clips} clips")
-        if mine := todo[RANK::WORLD_SIZE]:
-            seconds = 0.1 if sys.stderr.isatty() else 30  # a line each in a log file
-            options = {"desc": dataset.stem, "unit": "clip", "mininterval": seconds}
-            model = load_model(settings, weights)
-            encode = make_encode(model, settings)
-            with tqdm(total=num_clips, initial=done, disable=RANK > 0, **options) as bar:
-                for clips, stage_s in tokenize_blocks(mine, settings, dataset, encode, bar):
-                    begun = time.perf_counter()
-                    lines, facts = block_rows(clips, settings, model)
-                    stage_s["writing"] += time.perf_counter() - begun
-                    facts["stage_s"] = stage_s
-                    output.write_block(clips[0].index // BLOCK_CLIPS, lines, facts)
-                    if WORLD_SIZE > 1:  # show what all processes have done
-                        there = map(Path.exists, map(output.block, range(len(sizes))))
-                        bar.n = sum(size for size, is_there in zip(sizes, there) if is_there)
-        from_first_rank(None)  # all blocks are there
-        if RANK > 0:
-            return 0
-        if settings.device != "cpu":
-            made_by["device_name"] = torch.cuda.get_device_name(settings.device)
-        results = output.join(sizes, made_by, started)
-    if not results["tokenized"]:
-        say(f"error: none of the {num_clips} clips could be tokenized, see {output.failed}")
-        return 1
-    failures = f", {results['failed']} failed (see {output.failed})" if results["failed"] else ""
-    print(f"{output.csv}: {results['tokenized']} clips{failures}. Summary: {output.summary}")
-    return 0
-
-
-def join_processes() -> None:
-    """Make torchrun's processes a gloo group.
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Makes torchrun's processes a gloo group.
 
     After a restart torchrun's store still holds the addresses of the processes that died (torch
     2.11): each attempt gets a prefix of its own.
     """
+    if WORLD_SIZE == 1:
+        yield
+        return
     patience, attempt = timedelta(days=30), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store, rank, size = next(torch.distributed.rendezvous("env://", timeout=patience))
     store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
     torch.distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=patience
     )
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
-def from_first_rank(value: object) -> object:
-    """What the first of torchrun's processes has for `value`, once all have come here."""
-    if WORLD_SIZE == 1:
-        return value
-    values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
-    torch.distributed.barrier()
-    return values[0]
+def identity(settings: Settings, dataset: Dataset, weights: str) -> dict:
+    """All that decides the rows, but for the audio: runs that agree in it may share blocks."""
+    packages = ("torch", "torchaudio", "encodec", "soundfile", "numpy")
+    decides = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.metadata["decides"]}
+    return {
+        "dataset": dataset.stem,
+        "dataset_csv_sha256": sha256_of(dataset.csv_path),
+        **decides,
+        "weights": weights,
+        "device": settings.device.partition(":")[0],
+        "block_clips": BLOCK_CLIPS,
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def refuse_disagreement(outputs: list[Output]) -> None:
+    """Raises UserError: torchrun's processes were started to make different rows."""
+    ours = [
+        {**o.run, "max_samples": len(o.dataset.clips), "output_dir": str(o.csv.parent)}
+        for o in outputs
+    ]
+    for rank, theirs in enumerate(gather(ours)):
+        pairs = zip_longest(theirs, ours, fillvalue={})
+        if other := "".join(changes(found, wanted) for found, wanted in pairs):
+            raise UserError(f"ranks {rank} and {RANK} have other settings or files:\n{other}")
+
+
+def machine(device: str) -> str:
+    """What the run's numbers were rounded on."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{(models or [platform.processor()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+class LogLines:
+    """Where tqdm writes what is no terminal: a line of its own each, with the time."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", RANK)
+
+    def flush(self) -> None:
+        pass
+
+
+class Progress:
+    """A bar on a terminal; in a log file a line every 30 s and at the end."""
+
+    def __init__(self, stem: str, num_clips: int, settings: Settings) -> None:
+        self.settings, self.started = settings, time.perf_counter()
+        self.failed, self.chunks = 0, 0
+        where = {"position": LOCAL_RANK}
+        if not sys.stderr.isatty():
+            text = "{desc}: {n_fmt} of {total_fmt} clips, {elapsed}, {remaining} left{postfix}"
+            where = {"file": LogLines(), "mininterval": 30, "maxinterval": 60, "bar_format": text}
+        name = stem + f" [rank {RANK}]" * (WORLD_SIZE > 1)
+        self.bar = tqdm(total=num_clips, desc=name, unit="clip", delay=1e-9, **where)
+
+    def update(self, clip: Clip) -> None:
+        self.failed += bool(clip.error)
+        self.chunks += clip.num_chunks
+        audio_s = self.chunks * self.settings.target_duration  # padding included
+        speed = audio_s / (time.perf_counter() - self.started)
+        facts = f"{self.chunks} chunks, {speed:.0f} s of audio/s, {self.failed} failed"
+        self.bar.set_postfix_str(facts, refresh=False)
+        self.bar.update()
+        if self.settings.debug:
+            say(describe(clip))
+
+
+def describe(clip: Clip) -> str:
+    """A clip's line for --debug."""
+    if clip.error:
+        return f"{clip.fname} [{clip.labels}] FAILED: {clip.error}"
+    middle = clip.codes[len(clip.codes) // 2]  # [K, F]
+    codes = " ".join(map(str, middle[0, middle.shape[1] // 2 :][:8]))
+    return (
+        f"{clip.fname} [{clip.labels}] {clip.rate} Hz, {clip.duration_s:.3f} s, "
+        f"chunks: {clip.num_chunks}, codes of the first codebook from the middle: {codes} ..., "
+        f"loaded in {clip.load_s * 1e3:.1f} ms, encoded in {clip.encode_s * 1e3:.1f} ms "
+        "(its share of its batches)"
+    )
+
+
+def make_blocks(todo: list[int], output: Output, encoder: Encoder, settings: Settings) -> None:
+    """Tokenize the clips of the blocks in `todo`, and write each block when it is complete."""
+    dataset = output.dataset
+    blocks = [dataset.blocks[index] for index in todo]
+    progress = Progress(dataset.stem, sum(map(len, blocks)), settings)
+    clips = load_clips(chain.from_iterable(blocks), settings, dataset.audio_dir)
+    encoded = encode_clips(clips, encoder, settings)
+    try:
+        for index, block in zip(todo, blocks):
+            for clip in islice(encoded, len(block)):
+                progress.update(clip)
+            output.write_block(index, make_block(block, settings, encoder.model))
+            for clip in block:
+                clip.codes, clip.latents = None, []
+    finally:
+        encoded.close()
+        clips.close()
+        progress.bar.close()
 
 
 def run(settings: Settings) -> int:
     """All that the command asks for. Returns the exit status."""
-    if settings.plot and not find_spec("matplotlib"):
-        raise UserError("--plot needs matplotlib:  pip install matplotlib")
-    stems = [settings.metadata.stem] if settings.metadata else STEMS[settings.dataset]
-    datasets = [find_dataset(settings, stem) for stem in stems]
-    weights = find_weights(settings)
-    if weights is None:
-        warning = "WARNING: UNTRAINED WEIGHTS. The tokens rehearse the run and mean nothing."
-        say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     torch.set_num_threads(1)  # for every thread: no sum depends on the number of cores
-    if WORLD_SIZE > 1:
-        join_processes()
-    try:
+    with process_group(), ExitStack() as locks:
+        settings = together(resolve_device, settings)
+        datasets = together(find_datasets, settings)
+        if WORLD_SIZE > 1:  # each node's first process downloads, the others find it there
+            together(lambda: LOCAL_RANK == 0 and find_weights(settings))
+        path = together(find_weights, settings)
+        model, weights = together(load_model, settings, path)
+        if weights == UNTRAINED:
+            warning = "WARNING: UNTRAINED WEIGHTS. The tokens rehearse the run and mean nothing."
+            say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
+        runs = [(dataset, identity(settings, dataset, weights)) for dataset in datasets]
+        outputs = [Output(settings.output_dir, *run) for run in runs]
+        together(refuse_disagreement, outputs)
+        attempts, plans = together(begin, outputs, settings, locks, first=True)
+        encoder = Encoder(model, settings) if any(plans) else None
         statuses = []
-        for dataset in datasets:
-            statuses.append(tokenize_dataset(settings, dataset, weights))
-            output = Output(settings.output_dir, dataset.stem)
-            if settings.plot and RANK == statuses[-1] == 0:
-                write_picture(settings, dataset, output)
-                print(f"Picture: {output.picture}")
-            if settings.listen and RANK == statuses[-1] == 0:
-                write_listening(settings, dataset, output, weights)
-                print(f"To listen: {output.listen}")
-        return max(statuses)
-    finally:
-        torch.set_num_threads(THREADS)
-        if WORLD_SIZE > 1:
-            torch.distributed.destroy_process_group()
+        for output, output.attempt, todo in zip(outputs, attempts, plans):
+            if todo:
+                make_blocks(todo[RANK::WORLD_SIZE], output, encoder, settings)
+            together(int)  # all blocks are there
+            if RANK == 0:
+                facts = {"weights_file": path and path.name, "machine": machine(settings.device)}
+                statuses.append(finish(output, todo, settings, facts, model))
+        return max(statuses, default=0)
+
+
+def begin(
+    outputs: list[Output], settings: Settings, locks: ExitStack
+) -> tuple[list[str], list[list[int] | None]]:
+    """Hold the outputs; the names of their attempts, what is to be made of each (Output.begin).
+
+    --overwrite makes all of them anew, each once: where such a run was interrupted, its records
+    have an id, and those that have it are gone on with.
+    """
+    for output in outputs:
+        locks.enter_context(output.locked())
+    records = [output.record() or {} for output in outputs]
+    states = [output.state(output.record()) for output in outputs]
+    begun = [r.get("overwrite") for r, state in zip(records, states) if state == "unfinished"]
+    overwrite = next(filter(None, begun), uuid.uuid4().hex) if settings.overwrite else None
+    plans = [output.begin(overwrite) for output in outputs]
+    for output, todo in zip(outputs, plans):
+        num_clips = len(output.dataset.clips)
+        if todo is None:
+            say(f"{output.csv} is finished already ({num_clips} clips); --overwrite makes it anew")
+        elif len(todo) < len(output.dataset.blocks):
+            left = sum(len(output.dataset.blocks[index]) for index in todo)
+            say(f"going on after {num_clips - left} of {num_clips} clips")
+    return [output.attempt for output in outputs], plans
+
+
+def finish(
+    output: Output, todo: list[int] | None, settings: Settings, facts: dict, model: EncodecModel
+) -> int:
+    """Write a dataset's final files, and what is made from them. Returns the exit status."""
+    if todo is not None:
+        done, failed = output.join(facts)
+        if not done:
+            say(f"error: none of the {failed} clips could be tokenized, see {output.failed}")
+            return 1
+        failures = f", {failed} failed (see {output.failed})" if failed else ""
+        report(f"{output.csv}: {done} clips{failures}. Summary: {output.summary}")
+    if settings.parquet:
+        report(f"Parquet: {write_parquet(output)}")
+    if settings.plot is not None:
+        report(f"Picture: {write_picture(settings, output)}")
+    if settings.listen:
+        report(f"To listen: {write_listening(settings, output, model)}")
+    return 0
+
+
+def report(text: str) -> None:
+    """Print a result. Where nobody can read it any more, the files are there all the same."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1438,6 +2026,10 @@ def main(argv: list[str] | None = None) -> int:
     dataset or weights not found, output that would be replaced. 130, 143: interrupted.
     """
     settings = parse_settings(argv)
+    for name in ("stdout", "stderr"):  # None where they were closed
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        stream.reconfigure(errors="backslashreplace")  # names that are no UTF-8
+        setattr(sys, name, stream)
 
     def interrupt(number: int, _: object) -> None:
         raise Interrupted(128 + number)
@@ -1458,16 +2050,17 @@ def main(argv: list[str] | None = None) -> int:
         status, message = 1, f"{type(error).__name__}: {error}\nThe finished blocks are kept: "
         message += "the same command goes on after them (--debug shows a traceback)"
     finally:
+        torch.set_num_threads(THREADS)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if RANK == 0 or status == 1:  # what a user has to change, all processes find alike
-        print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", RANK if status == 1 else 0)  # refusals are every process's
     return status
 
 
 if __name__ == "__main__":
     exit_status = main()
-    if exit_status > 128:  # the encoding threads may be busy for seconds: do not wait for them
-        sys.stdout.flush()
-        os._exit(exit_status)
-    sys.exit(exit_status)
+    # No tidying up: it takes PyTorch most of a second, and threads may be encoding for longer.
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(exit_status)

@@ -1,9 +1,9 @@
 """Measure the script on this machine, against the alternatives, in one run.
 
-    python tests/benchmark.py                        both models, some 10 minutes on 2 cores
-    python tests/benchmark.py --quick                two minutes
+    python tests/benchmark.py                        both models, some 30 minutes on 2 cores
+    python tests/benchmark.py --quick                some five minutes
     python tests/benchmark.py --device cuda
-    python tests/benchmark.py --audio_dir FOLDER     the end-to-end part on your own WAV files
+    python tests/benchmark.py --audio_dir FOLDER     your own WAV files in place of made ones
 
 Machines change their speed from one minute to the next. So every path runs in every round, and what
 is compared is the median of the rounds' ratios. transformers and ONNX Runtime take part where they
@@ -12,14 +12,14 @@ are installed:  pip install transformers onnx onnxruntime
 
 import argparse
 import csv
-import platform
+import io
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +36,7 @@ import encodec_tokenizer as script  # noqa: E402
 
 
 def machine(device: str) -> str:
-    if device != "cpu":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [
-            line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0].partition(":")[2].strip() if models else name
-    return f"{name}, {script.THREADS} threads, torch {torch.__version__}"
+    return f"{script.machine(device)}, {script.THREADS} threads, torch {torch.__version__}"
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
@@ -104,14 +95,15 @@ def best_convolution_rate() -> float:
 
 
 def ours(settings, weights: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The script's own: batches through its threads."""
-    encode = script.make_encode(script.load_model(settings, weights), settings)
-    threads = script.THREADS if settings.device == "cpu" else 1
+    """The script's own: a clip a chunk, through its threads."""
+    encoder = script.Encoder(script.load_model(settings, weights)[0], settings)
 
     def path(chunks: torch.Tensor) -> torch.Tensor:
-        batches = chunks.split(settings.batch_size)
-        encoded = script.prefetch(encode, batches, threads, ahead=2 * threads)
-        return torch.cat([codes for codes, _ in encoded])
+        clips = [script.Clip(str(i), chunks=[chunk]) for i, chunk in enumerate(chunks)]
+        torch.set_num_threads(1)  # as the script does
+        encoded = list(script.encode_clips(clips, encoder, settings))
+        torch.set_num_threads(script.THREADS)
+        return torch.from_numpy(np.concatenate([clip.codes for clip in encoded]))
 
     return path
 
@@ -155,8 +147,8 @@ def onnx_path(
         return f"not measured ({error})"
     if settings.model != "encodec_24khz":
         return "not measured (the export knows no segments)"
-    model = script.load_model(settings, weights)
-    script.make_encode(model, settings)  # folds the weight norm, as an export wants it
+    model, _ = script.load_model(settings, weights)
+    script.Encoder(model, settings)  # folds the weight norm, as an export wants it
     model.requires_grad_(False)
     num_codebooks = model.quantizer.get_num_quantizers_for_bandwidth(
         model.frame_rate, model.bandwidth
@@ -191,7 +183,8 @@ def onnx_path(
 
 
 def measure_encoding(name: str, weights: Path, device: str, rounds: int, num_chunks: int) -> None:
-    settings = script.parse_settings(["--model", name, "--device", device])
+    flags = ["--model", name, "--device", device]
+    settings = script.resolve_device(script.parse_settings(flags))
     device = settings.device
     model = standin.plain_model(name, weights).to(device)
     model.set_target_bandwidth(settings.bandwidth)
@@ -201,7 +194,9 @@ def measure_encoding(name: str, weights: Path, device: str, rounds: int, num_chu
     gflop = chunk_gflop(model, chunks[0])
     with tempfile.TemporaryDirectory() as folder:
         paths = {
-            "this script": (ours(settings, weights), num_chunks),
+            "this script": (own := ours(settings, weights), num_chunks),
+            "this script, 4 chunks in all": (own, 4),
+            "this script, 1 chunk in all": (own, 1),
             "plain EnCodec, one chunk at a time": (plain(model, 1), 4 if device == "cpu" else 32),
             "plain EnCodec, batches of 16": (plain(model, 16), 16),
             "transformers, batches of 4": (transformers_path(name, settings), 4),
@@ -219,17 +214,16 @@ def measure_encoding(name: str, weights: Path, device: str, rounds: int, num_chu
                 else:
                     timings[label] = []
         torch.set_num_threads(script.THREADS)
-        codes = {label: path(chunks) for label, (path, _) in list(paths.items())[:2]}
+        first, reference = own(chunks), plain(model, 1)(chunks)
         again = ours(settings, weights)(chunks)
-    first, reference = codes.values()
     print(f"\n{name}, {settings.bandwidth:g} kbps, chunks of 2 s, median of {rounds} rounds")
     print("| path | ms a chunk | s of audio/s | times this script's time |")
     print("|---|---|---|---|")
-    own = np.array(timings["this script"])
+    base = np.array(timings["this script"])
     for label, took in timings.items():
         if took:
             median = np.median(took)
-            ratio = np.median(np.array(took) / own)
+            ratio = np.median(np.array(took) / base)
             print(f"| {label} | {median * 1e3:.1f} | {2 / median:.0f} | {ratio:.2f} |")
         else:
             print(f"| {label} | {paths[label][0]} | | |")
@@ -238,7 +232,7 @@ def measure_encoding(name: str, weights: Path, device: str, rounds: int, num_chu
     print(f"tokens that differ between two runs: {int((first != again).sum())}")
     spread = [len(first[:, k].unique()) for k in range(first.shape[1])]
     print(f"values in use per codebook: {min(spread)} to {max(spread)} of 1024")
-    rate = gflop / np.median(own)
+    rate = gflop / np.median(base)
     print(f"{gflop:.1f} GFLOP a chunk: {rate:.0f} GFLOP/s", end="")
     if device == "cpu":
         peak = best_convolution_rate()
@@ -272,61 +266,83 @@ def list_clips(folder: Path, audio_dir: Path) -> None:
 
 
 def measure_end_to_end(folder: Path, weights: Path, device: str, rounds: int) -> None:
-    """What everything but encoding costs: the whole pipeline against its batches encoded alone."""
-    settings = script.parse_settings(["--input_dir", str(folder), "--device", device])
-    dataset = script.find_dataset(settings, "train_curated")
-    todo = list(range(-(-len(dataset.clips) // script.BLOCK_CLIPS)))
-    torch.set_num_threads(1)  # as the script does
-    # The model is made ready once, beforehand, and shared: load time is not what is compared.
-    model = script.load_model(settings, weights)
-    encode = script.make_encode(model, settings)
-    threads = script.THREADS if settings.device == "cpu" else 1
-    batches = list(script.make_batches(todo, settings, dataset, Counter()))
-    audio_s = sum(clip.duration_s for batch in batches for clip in batch.closes)
-    num_chunks = sum(len(batch.clips) for batch in batches)
-    shares, whole, stage_s = [], [], Counter()
-    for _ in tqdm(range(rounds), desc="end to end"):
-        alone = seconds(
-            lambda: list(
-                script.prefetch(encode, (b.chunks for b in batches), threads, ahead=2 * threads)
-            ),
-            settings.device,
-        )
+    """What everything but encoding costs: the whole pipeline, and without its encoder."""
+    flags = ["--input_dir", str(folder), "--device", device]
+    settings = script.resolve_device(script.parse_settings(flags))
+    encoder = script.Encoder(script.load_model(settings, weights)[0], settings)
+
+    class ReadyMade:
+        """Codes at once: what is left is what the main thread and the readers do."""
+
+        model, wants_latents = encoder.model, False
+
+        def convolve(self, chunk):
+            return None, 0.0
+
+        def codes(self, convolved):
+            return np.zeros((len(convolved), 8, 150), dtype=np.int64), None, 0.0
+
+    def pipeline(encoder) -> tuple[float, float, script.Dataset]:
+        """Seconds from start to end, those of the main thread, and the clips."""
+        (dataset,) = script.find_datasets(settings)
         with tempfile.TemporaryDirectory() as out:
-            output = script.Output(Path(out), "train_curated")
+            output = script.Output(Path(out), dataset, {"aggregate": settings.aggregate})
             output.blocks.mkdir()
+            todo = list(range(len(dataset.blocks)))
+            own = time.thread_time()
+            took = seconds(lambda: script.make_blocks(todo, output, encoder, settings), device)
+            return took, time.thread_time() - own, dataset
 
-            def pipeline(output=output) -> None:
-                bar = tqdm(disable=True)
-                blocks = script.tokenize_blocks(todo, settings, dataset, encode, bar)
-                for clips, block_s in blocks:
-                    lines, facts = script.block_rows(clips, settings, model)
-                    output.write_block(clips[0].index // script.BLOCK_CLIPS, lines, facts)
-                    stage_s.update(block_s)
-
-            whole.append(seconds(pipeline, settings.device))
-        shares.append(1 - alone / whole[-1])
+    torch.set_num_threads(1)  # as the script does
+    with redirect_stderr(io.StringIO()):
+        runs = [(pipeline(encoder), pipeline(ReadyMade())) for _ in range(rounds)]
+    torch.set_num_threads(script.THREADS)
+    clips = runs[0][0][2].clips
+    audio_s, chunks = sum(c.duration_s for c in clips), sum(c.num_chunks for c in clips)
+    whole = np.median([took for (took, _, _), _ in runs])
+    fed = np.median([took for _, (took, _, _) in runs])
+    main = np.median([own for _, (_, own, _) in runs]) / chunks * 1e3
+    print(f"\nend to end: {len(clips)} clips, {audio_s:.0f} s of audio, {chunks} chunks")
+    print(f"{whole:.1f} s, {audio_s / whole:.0f} s of audio/s (median of {rounds} rounds)")
     print(
-        f"\nend to end: {len(dataset.clips)} clips, {audio_s:.0f} s of audio, {num_chunks} chunks"
+        f"without the encoder: {audio_s / fed:.0f} s of audio/s; main thread {main:.3f} ms a chunk"
     )
-    print(f"{np.median(whole):.1f} s, {audio_s / np.median(whole):.0f} s of audio/s", end="; ")
-    print(f"not encoding: {np.median(shares):.1%} of the time (median of {rounds} rounds)")
-    stages = ", ".join(f"{stage} {s / rounds:.2f}" for stage, s in stage_s.items())
-    print(f"seconds in each stage, summed over its threads: {stages}")
-    if settings.device != "cpu":
-        busy = stage_s["encoding"] / sum(whole)
-        print(f"share of the time that the GPU is busy: {busy:.0%}")
 
 
-def measure_memory(weights: Path, device: str, counts: list[int]) -> None:
-    """Peak memory of whole runs, each a process of its own."""
-    print("\npeak memory of a run, 24 kHz, clips of 2 s:", end=" ")
+def measure_trials(folder: Path, name: str, weights: Path, rounds: int, counts: list[int]) -> None:
+    """Whole processes, imports and model included, beside a plain loop's (plain_loop.py)."""
+    print(f"\n{name}: whole processes, median of {rounds} rounds")
+    print("| clips | this script, s | plain loop, s | times this script's time |")
+    print("|---|---|---|---|")
     for count in counts:
+        times = []
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as out:
+                flags = ["--input_dir", folder, "--model", name, "--max_samples", count]
+                flags += ["--output_dir", out, "--weights", weights]
+                ours = [ROOT / "encodec_tokenizer.py", *flags]
+                theirs = [ROOT / "tests" / "plain_loop.py", folder, name, weights, count]
+                commands = [ours, [*theirs, Path(out, "plain.csv")]]
+                times.append([seconds(lambda: run_python(c), "cpu") for c in commands])  # noqa: B023
+        own, plain = np.median(times, axis=0)
+        ratio = np.median([b / a for a, b in times])
+        print(f"| {count} | {own:.1f} | {plain:.1f} | {ratio:.2f} |", flush=True)
+
+
+def run_python(command: list) -> None:
+    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
+
+
+def measure_memory(weights: Path, device: str, cases: list[tuple]) -> None:
+    """Peak memory of whole runs, each a process of its own."""
+    print("\npeak memory of a run, 24 kHz:", end=" ")
+    for count, length_s, target_s in cases:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
-            write_clips(root / "input", count, length_s=2.0)
+            write_clips(root / "input", count, length_s)
             args = ["--input_dir", root / "input", "--output_dir", root / "out", "--device", device]
             command = [sys.executable, ROOT / "encodec_tokenizer.py", *args, "--weights", weights]
+            command += ["--target_duration", target_s]
             # Started by a small process: a child's peak counts from the memory of its parent.
             small = (
                 "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
@@ -335,7 +351,8 @@ def measure_memory(weights: Path, device: str, counts: list[int]) -> None:
             command = [sys.executable, "-c", small, *map(str, command)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             kilobytes = int(done.stdout.split()[-1])
-            print(f"{kilobytes / 1e6:.2f} GB for {count} clips", end="; ", flush=True)
+            what = f"{count} clips of {length_s:g} s in chunks of {target_s} s"
+            print(f"{kilobytes / 1e6:.2f} GB for {what}", end="; ", flush=True)
     print()
 
 
@@ -363,9 +380,14 @@ def main() -> None:
             list_clips(root / "input", args.audio_dir)
         else:
             write_clips(root / "input", 12 if args.quick else 100)
-        name = "encodec_24khz"
-        measure_end_to_end(root / "input", weights[name], args.device, 2 if args.quick else 5)
-        measure_memory(weights[name], args.device, [50, 150] if args.quick else [200, 2000])
+        if args.device == "cpu":
+            for name, path in weights.items():
+                few = [1, 4] if args.quick else [1, 4, 16, 64]
+                measure_trials(root / "input", name, path, 1 if args.quick else 5, few)
+        path = weights["encodec_24khz"]
+        measure_end_to_end(root / "input", path, args.device, 2 if args.quick else 5)
+        cases = [(50, 2.0, 2)] if args.quick else [(200, 2.0, 2), (2000, 2.0, 2), (40, 30.0, 30)]
+        measure_memory(path, args.device, cases)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
+import copy
 import csv
+import functools
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +18,47 @@ import standin  # noqa: E402
 import encodec_tokenizer  # noqa: E402
 
 
+def made_once(build):
+    """`build` by name, at most once each; who asks gets a copy of their own."""
+    made = functools.cache(torch.no_grad()(build))
+    return functools.wraps(build)(lambda name: copy.deepcopy(made(name)))
+
+
+# To build a model takes up to a second, to draw untrained codebooks two more, and nearly every test
+# does both. (The untrained one is drawn from a seed that it sets before it builds.)
+build_model, untrained_model = encodec_tokenizer.build_model, encodec_tokenizer.untrained_model
+
+
+def untrained_of_its_own(name: str) -> torch.nn.Module:
+    with mock.patch.object(encodec_tokenizer, "build_model", build_model):
+        return untrained_model(name)
+
+
+encodec_tokenizer.build_model = made_once(build_model)
+encodec_tokenizer.untrained_model = made_once(untrained_of_its_own)
+
+
+@torch.no_grad()
+def stand_in_state(name: str) -> dict[str, torch.Tensor]:
+    """Stand-in weights from less audio than standin.py itself takes, which is minutes on two cores.
+
+    The codebooks beyond 6 kbps are noise of the deviation that those before them leave.
+    """
+    books = {"encodec_24khz": 8, "encodec_48khz": 4}[name]
+    with mock.patch.object(standin, "FRAMES_PER_CODEBOOK", 700):
+        state = standin.stand_in(name, num_codebooks=books)
+    model = standin.plain_model(name)
+    model.load_state_dict(state)
+    audio = standin.varied_audio(model.sample_rate, model.channels, 8, seed=2)
+    residual = torch.cat([model.encoder(second[None])[0].T for second in audio])
+    for layer in model.quantizer.vq.layers:
+        if not layer.codebook.any():
+            noise = torch.randn(layer.codebook.shape)
+            layer.codebook.copy_(residual.mean(0) + 0.5 * residual.std(0) * noise)
+        residual = residual - layer.codebook[layer.encode(residual.T[None])[0]]
+    return model.state_dict()
+
+
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """name of a model -> a checkpoint file of stand-in weights, made once where it is asked for."""
@@ -23,10 +67,22 @@ def weights(tmp_path_factory):
     def path(name: str) -> Path:
         file = folder / f"{name}.th"
         if not file.exists():
-            torch.save(standin.stand_in(name), file)
+            torch.save(stand_in_state(name), file)
         return file
 
     return path
+
+
+@pytest.fixture(scope="session")
+def plain(weights):
+    """plain(name, kbps): Meta's own model with the stand-in's weights, loaded once."""
+    models = functools.cache(lambda name: standin.plain_model(name, weights(name)))
+
+    def at_bandwidth(name: str, kbps: float = 6.0):
+        models(name).set_target_bandwidth(kbps)
+        return models(name)
+
+    return at_bandwidth
 
 
 @pytest.fixture
@@ -45,19 +101,23 @@ def run(tmp_path, capfd):
     return command
 
 
+def write_dataset(folder: Path, clips: dict, stem: str, rows: list | None = None) -> Path:
+    """Clips, given as name -> (samples [T, C], rate), and their CSV, in Kaggle's layout."""
+    (folder / stem).mkdir(parents=True)
+    for name, (samples, rate) in clips.items():
+        soundfile.write(folder / stem / name, samples, rate)
+    rows = rows or [(name, f"Label_{i},Slam") for i, name in enumerate(clips)]
+    with (folder / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("fname", "labels"), *rows])
+    return folder
+
+
 @pytest.fixture
 def make_dataset(tmp_path):
-    """Writes clips, given as name -> (samples [T, C], rate), and their CSV in Kaggle's layout."""
+    """Writes clips and their CSV below the test's folder; see write_dataset."""
 
     def write(clips: dict, stem: str = "train_curated", rows: list | None = None) -> Path:
-        folder = tmp_path / "input" / stem
-        folder.mkdir(parents=True)
-        for name, (samples, rate) in clips.items():
-            soundfile.write(folder / name, samples, rate)
-        rows = rows or [(name, f"Label_{i},Slam") for i, name in enumerate(clips)]
-        with (folder.parent / f"{stem}.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("fname", "labels"), *rows])
-        return folder.parent
+        return write_dataset(tmp_path / "input", clips, stem, rows)
 
     return write
 
@@ -66,10 +126,13 @@ def make_dataset(tmp_path):
 def sound():
     """sound(seconds, rate, channels, seed): [T, channels] of varied audio."""
 
+    @functools.cache
     def make(seconds: float, rate: int = 44_100, channels: int = 1, seed: int = 0) -> np.ndarray:
         audio = standin.varied_audio(rate, 1, int(seconds) + 2, seed)
         mono = audio.reshape(-1)[: round(seconds * rate)].numpy()
         mixes = [mono * 0.9**i + 0.1 * np.roll(mono, 50 * i) for i in range(channels)]
-        return np.clip(np.stack(mixes, axis=1), -1, 1)
+        audio = np.clip(np.stack(mixes, axis=1), -1, 1)
+        audio.flags.writeable = False  # it is shared
+        return audio
 
     return make

@@ -1,15 +1,32 @@
 """How a clip's chunks become rows, against plain EnCodec."""
 
 import ast
+import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import reference
-import standin
 import torch
+from conftest import write_dataset
 
-from encodec_tokenizer import MODELS, Clip, aggregate, parse_settings, shared_frames
+import encodec_tokenizer
+from encodec_tokenizer import (
+    MODELS,
+    Clip,
+    Dataset,
+    Output,
+    aggregate,
+    code_counts,
+    identity,
+    make_block,
+    parse_settings,
+    perplexity,
+    resolve_device,
+)
+
+HOW = ("mean", "latent", "medoid", "none")
 
 
 def plain_latents(model, chunk):
@@ -26,23 +43,25 @@ def plain_latents(model, chunk):
     return torch.cat(latents, dim=1)
 
 
-@pytest.fixture(params=MODELS)
-def tokenized(request, run, make_dataset, sound, weights, tmp_path):
-    """The plain model, the chunks of a short and a long clip, and every aggregation's table."""
-    name = request.param
-    root = make_dataset({"short.wav": (sound(1.5), 44_100), "long.wav": (sound(7.0), 44_100)})
-    model = standin.plain_model(name, weights(name))
-    model.set_target_bandwidth(6.0)
+@pytest.fixture(scope="session", params=MODELS)
+def tokenized(request, tmp_path_factory, sound, weights, plain):
+    """The plain model, the chunks of a short and a long clip, and every aggregation's folder."""
+    name, folder = request.param, tmp_path_factory.mktemp("tokenized")
+    clips = {"short.wav": (sound(1.5), 44_100), "long.wav": (sound(7.0), 44_100)}
+    root, model = write_dataset(folder / "input", clips, "train_curated"), plain(name)
     chunks = {}
-    for clip in ("short.wav", "long.wav"):
+    for clip in clips:
         audio = reference.load(root / "train_curated" / clip, model.sample_rate, model.channels)
         chunks[clip] = reference.chunks(audio, model.sample_rate)
-    tables = {}
-    for how in ("mean", "latent", "medoid", "none"):
-        flags = ["--aggregate", how, "--model", name, "--output_dir", tmp_path / how]
-        assert run("--input_dir", root, *flags, weights=weights(name))[0] == 0
-        tables[how] = pd.read_csv(tmp_path / how / "tokenized_train_curated.csv")
-    return model, chunks, tables
+    for how in HOW:
+        flags = ["--aggregate", how, "--model", name, "--output_dir", str(folder / how)]
+        flags += ["--input_dir", str(root), "--device", "cpu", "--weights", str(weights(name))]
+        assert encodec_tokenizer.main(flags) == 0
+    return name, chunks, folder
+
+
+def table_of(folder, how):
+    return pd.read_csv(folder / how / "tokenized_train_curated.csv")
 
 
 def tokens(table, clip):
@@ -56,8 +75,9 @@ def agree(ours, theirs):
 
 
 @torch.no_grad()
-def test_every_aggregation_is_what_plain_encodec_gives(tokenized):
-    model, chunks, tables = tokenized
+def test_every_aggregation_is_what_plain_encodec_gives(tokenized, plain):
+    name, chunks, folder = tokenized
+    model, tables = plain(name), {how: table_of(folder, how) for how in HOW}
     (only,) = [reference.codes(model, chunk) for chunk in chunks["short.wav"]]
     for table in tables.values():
         assert agree(tokens(table, "short.wav"), only[None])
@@ -75,47 +95,75 @@ def test_every_aggregation_is_what_plain_encodec_gives(tokenized):
     assert agree(tokens(tables["medoid"], "long.wav"), codes[nearest][None])
 
 
-def test_rows_of_none_carry_their_chunk(tokenized):
-    table = tokenized[2]["none"]
-    columns = "fname labels num_tokens token_shape num_chunks duration_sec chunk token_0"
-    assert table.columns[:8].tolist() == columns.split()
+def test_rows_of_none_carry_their_chunk_and_where_it_starts(tokenized):
+    """The last one is aligned to the clip's end: 7 s less the 2 of a chunk, not 5.4."""
+    table = table_of(tokenized[2], "none")
+    columns = "fname labels num_tokens token_shape num_chunks duration_sec chunk start_sec token_0"
+    assert table.columns[:9].tolist() == columns.split()
     assert table["fname"].tolist() == ["short.wav"] + ["long.wav"] * 4
     assert table["chunk"].tolist() == [0, 0, 1, 2, 3]
+    assert table["start_sec"].tolist() == [0, 0, 1.8, 3.6, 5.0]
     assert table["num_chunks"].tolist() == [1, 4, 4, 4, 4]
-    assert "chunk" not in tokenized[2]["latent"].columns
+    assert not {"chunk", "start_sec"} & set(table_of(tokenized[2], "latent").columns)
 
 
-def test_summary_counts_clips_and_rows(tokenized, tmp_path):
-    summary = (tmp_path / "none" / "summary_train_curated.txt").read_text()
+@torch.no_grad()
+def test_a_row_of_none_is_the_audio_that_starts_where_it_says(tokenized, plain):
+    name, _, folder = tokenized
+    table, model = table_of(folder, "none"), plain(name)
+    path = folder / "input" / "train_curated" / "long.wav"
+    audio = reference.load(path, model.sample_rate, model.channels)
+    starts = table[table["fname"] == "long.wav"]["start_sec"]
+    pieces = [audio[:, round(s * model.sample_rate) :][:, : 2 * model.sample_rate] for s in starts]
+    assert agree(tokens(table, "long.wav"), np.stack([reference.codes(model, p) for p in pieces]))
+
+
+def test_summary_counts_clips_and_rows(tokenized):
+    summary = (tokenized[2] / "none" / "summary_train_curated.txt").read_text()
     assert "Samples processed: 2\n" in summary and "Rows: 5\n" in summary
 
 
 def test_mean_rounds_half_to_even():
-    clip = Clip(0, "a.wav", "", codes=[np.array([[0, 1, 3]]), np.array([[1, 2, 1023]])])
+    clip = Clip("a.wav", codes=np.array([[[0, 1, 3]], [[1, 2, 1023]]]))
     assert aggregate(clip, "mean", None).tolist() == [[[0, 2, 513]]]
 
 
-@pytest.mark.parametrize(
-    "name, overlap, expected",
-    [
-        ("encodec_24khz", "0.1", (range(135, 150), range(15))),
-        ("encodec_24khz", "0.5", (range(75, 150), range(75))),
-        ("encodec_24khz", "0", ([], [])),
-    ],
-)
-def test_shared_frames_are_those_of_the_same_time(name, overlap, expected):
-    settings = parse_settings(["--model", name, "--overlap", overlap, "--device", "cpu"])
-    first, second = shared_frames(standin.plain_model(name), settings)
-    assert (first.tolist(), second.tolist()) == tuple(map(list, expected))
+def test_perplexity_is_how_many_codes_used_evenly_are_as_varied():
+    """Known ones: n codes used evenly: n; one: 1; a half and two quarters: 2 to the 1.5."""
+    uses = [[5, 6, 7, 8], [9, 9, 9, 9], [0, 0, 1, 1023]]
+    counts = code_counts(np.array(uses)[None])
+    assert counts.shape == (3, 1024) and counts.sum(axis=1).tolist() == [4, 4, 4]
+    assert counts[2, [0, 1, 1023]].tolist() == [2, 1, 1]
+    assert perplexity(counts).round(4).tolist() == [4, 1, 2.8284]
 
 
-def test_shared_frames_of_48_khz_lie_within_half_a_frame():
-    settings = parse_settings(["--model", "encodec_48khz", "--device", "cpu"])
-    first, second = shared_frames(standin.plain_model("encodec_48khz"), settings)
-    starts = [0] * 150 + [47_520] * 150 + [95_040] * 3
-    times = np.array([start + 320 * i for start, i in zip(starts, [*range(150)] * 2 + [*range(3)])])
-    apart = np.abs(times[first] - (times[second] + settings.hop_samples))
-    assert len(first) >= 30 and apart.max() <= 160
+@pytest.mark.parametrize("how", ["mean", "none"])
+def test_health_is_of_the_chunks_codes_before_they_are_averaged(how, tmp_path):
+    """Averages look the more varied the more chunks they blur, codes of EnCodec's or not."""
+    argv = ["--device", "cpu", "--aggregate", how, "--output_dir", str(tmp_path)]
+    settings = resolve_device(parse_settings(argv))
+    (tmp_path / "x.csv").write_text("fname\na.wav\nb.wav\n")
+    # Two codebooks of four frames: in the first, codes 0 and 1000 by turns, whose mean is 500.
+    chunks = [[[0, 0, 0, 0], [1, 2, 3, 4]], [[1000] * 4, [1, 2, 3, 4]]]
+    clips = [
+        Clip("a.wav", codes=np.array(chunks), duration_s=3.0, num_chunks=2, starts=[0, 24_000]),
+        Clip("b.wav", codes=np.array(chunks[:1]), duration_s=0.5, num_chunks=1, starts=[0]),
+        Clip("c.wav", error="empty"),
+    ]
+    dataset = Dataset("x", tmp_path / "x.csv", tmp_path, [], clips)
+    output = Output(tmp_path, dataset, identity(settings, dataset, "w"))
+    (tmp_path / "a.wav").write_bytes(b"x")
+    assert output.begin(anew=False) == [0]
+    output.write_block(0, make_block(clips, settings, None))
+    assert output.join({"weights_file": "w.th", "machine": "m"}) == (2, 1)
+    facts = json.loads(output.json.read_text())
+    assert facts["codes_in_use"] == [2, 4]
+    assert facts["perplexity"] == [1.9, 4.0]  # thirds: 3 / 2 ** (2 / 3)
+    summary = output.summary.read_text()
+    assert "  codebook 0: 2 of 1024 codes in use (0.2%), perplexity 1.9\n" in summary
+    assert "  codebook 1: 4 of 1024 codes in use (0.4%), perplexity 4.0\n" in summary
+    rows = pd.read_csv(output.csv).filter(regex="token_[0-9]").to_numpy()
+    assert rows[0, 0] == (500 if how == "mean" else 0)
 
 
 def test_summary_tells_the_health_of_the_tokens(run, make_dataset, sound, weights, tmp_path):
@@ -124,19 +172,25 @@ def test_summary_tells_the_health_of_the_tokens(run, make_dataset, sound, weight
         "short.wav": (sound(1.5), 44_100),
         "silent.wav": (np.zeros(44_100), 44_100),
     }
-    path = weights("encodec_24khz")
-    run("--input_dir", make_dataset(clips), "--aggregate", "none", weights=path)
-    table = pd.read_csv(tmp_path / "out" / "tokenized_train_curated.csv")
-    summary = (tmp_path / "out" / "summary_train_curated.txt").read_text()
-    rows = np.stack([tokens(table, name).reshape(-1, 8, 150) for name in ("long.wav",)])[0]
-    everything = table.filter(regex=r"^token_\d+$").to_numpy().reshape(-1, 8, 150)
-    for k in range(8):
-        used, times = np.unique(everything[:, k], return_counts=True)
-        perplexity = np.exp(-np.sum(times / times.sum() * np.log(times / times.sum())))
-        same = np.mean([rows[i, k, 135:] == rows[i + 1, k, :15] for i in range(len(rows) - 2)])
-        assert (
-            f"  codebook {k}: {len(used)} of 1024 codes in use ({len(used) / 1024:.1%}), "
-            f"perplexity {perplexity:.1f}, same code in {same:.1%} of shared frames\n"
-        ) in summary
-    assert "Padded samples: 2, by 0.75 s on average\n" in summary
-    assert "Silent samples: 1: silent.wav\n" in summary
+    path, root = weights("encodec_24khz"), make_dataset(clips)
+    health = {}
+    for how in ("none", "mean"):
+        flags = ["--aggregate", how, "--output_dir", tmp_path / how]
+        assert run("--input_dir", root, *flags, weights=path)[0] == 0
+        summary = (tmp_path / how / "summary_train_curated.txt").read_text()
+        health[how] = [line for line in summary.splitlines() if "codes in use" in line]
+        assert "Padded samples: 2, by 0.75 s on average\n" in summary
+        assert "Silent samples: 1: silent.wav\n" in summary
+    assert health["mean"] == health["none"]
+    every = table_of(tmp_path, "none").filter(regex=r"^token_\d+$").to_numpy().reshape(-1, 8, 150)
+    for k, line in enumerate(health["none"]):
+        assert line.startswith(f"  codebook {k}: {len(set(every[:, k].ravel()))} of 1024 codes")
+
+
+def test_settings_of_another_aggregation_make_other_rows_of_the_same_codes():
+    settings = resolve_device(parse_settings(["--device", "cpu"]))
+    clip = Clip("a.wav", codes=np.array([[[7, 8]], [[9, 8]]]), num_chunks=2, starts=[0, 5])
+    for how, rows in {"mean": ["8,8"], "none": ["0,0.0,7,8", "1,0.000208,9,8"]}.items():
+        block = make_block([clip], replace(settings, aggregate=how), None)
+        found = [line.split(",0.0,", 1)[1] for line in block.lines.decode().splitlines()]
+        assert found == rows

@@ -2,7 +2,7 @@ import pytest
 import reference
 import torch
 
-from encodec_tokenizer import split_chunks
+from encodec_tokenizer import chunk_starts, split_chunks
 
 
 def test_short_clip_is_zero_padded_at_its_end():
@@ -44,3 +44,16 @@ def test_chunks_are_those_of_the_reference(seconds):
     ours, theirs = split_chunks(audio, 48_000, 43_200), reference.chunks(audio, 24_000)
     assert len(ours) == len(theirs)
     assert all(a.equal(b) for a, b in zip(ours, theirs))
+
+
+@pytest.mark.parametrize("length", [1, 99, 100, 101, 189, 190, 191, 1000, 1001])
+@pytest.mark.parametrize("hop", [10, 50, 90, 100])
+def test_a_chunk_starts_where_its_first_sample_lies(length, hop):
+    audio = torch.arange(1.0, length + 1)[None]
+    first_samples = [int(chunk[0, 0]) - 1 for chunk in split_chunks(audio, 100, hop)]
+    assert chunk_starts(length, 100, hop) == first_samples
+
+
+def test_the_last_chunk_starts_a_chunk_before_the_clips_end():
+    assert chunk_starts(195, 100, 90) == [0, 90, 95]
+    assert chunk_starts(30, 100, 90) == [0]

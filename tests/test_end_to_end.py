@@ -2,16 +2,18 @@
 
 import csv
 import json
+import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import reference
 import soundfile
-import standin
-from conftest import ROOT
+from conftest import ROOT, write_dataset
 
 import encodec_tokenizer
 from encodec_tokenizer import BLOCK_CLIPS, MODELS
@@ -29,7 +31,7 @@ def real_shapes(sound):
         (3.8, 44_100, 1),
         (4.7, 16_000, 6),
         (6.0, 44_100, 1),
-        (9.3, 96_000, 1),
+        (2.5, 96_000, 1),
     ]
     return {
         f"clip_{i}.wav": (sound(s, rate, channels, seed=i), rate)
@@ -47,29 +49,70 @@ def tokens_of(path):
     return table.filter(regex=r"^token_\d+$").to_numpy()
 
 
+STEM = "train_curated"
+CSV = f"tokenized_{STEM}.csv"
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory, sound):
+    """A dataset of real shapes, in Kaggle's layout."""
+    return write_dataset(tmp_path_factory.mktemp("real"), real_shapes(sound), STEM)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory, real, weights):
+    """The CSV that a run with the defaults makes of it, at 24 kHz."""
+    out = tmp_path_factory.mktemp("whole")
+    flags = ["--weights", weights("encodec_24khz"), "--device", "cpu", "--output_dir", out]
+    assert encodec_tokenizer.main(["--input_dir", str(real), *map(str, flags)]) == 0
+    return out / CSV
+
+
+def equals_the_reference(path, model, real, target_s=2.0, overlap=0.1):
+    clips = sorted((real / STEM).iterdir())
+    expected = [reference.row(model, clip, target_s, overlap) for clip in clips]
+    tokens = tokens_of(path)
+    assert tokens.shape == (len(clips), expected[0].size)
+    assert reference.agreement(tokens.reshape(-1, *expected[0].shape), expected) >= 0.999
+
+
+def test_rows_equal_the_reference(whole, real, plain):
+    equals_the_reference(whole, plain("encodec_24khz"), real)
+
+
 @pytest.mark.parametrize(
     "name, flags, target_s, overlap",
     [
-        ("encodec_24khz", [], 2.0, 0.1),
         ("encodec_24khz", ["--target_duration", "1.0", "--overlap", "0.5"], 1.0, 0.5),
         ("encodec_48khz", [], 2.0, 0.1),
         ("encodec_48khz", ["--target_duration", "3.0", "--overlap", "0"], 3.0, 0.0),
     ],
 )
-def test_rows_equal_the_reference(
-    name, flags, target_s, overlap, run, make_dataset, sound, weights, tmp_path
+def test_rows_equal_the_reference_at_other_settings(
+    name, flags, target_s, overlap, run, real, weights, plain, tmp_path
 ):
-    clips = real_shapes(sound)
-    root = make_dataset(clips)
-    status, _, _ = run("--input_dir", root, "--model", name, *flags, weights=weights(name))
-    assert status == 0
-    plain = standin.plain_model(name, weights(name))
-    plain.set_target_bandwidth(6.0)
-    folder = root / "train_curated"
-    expected = [reference.row(plain, folder / clip, target_s, overlap) for clip in clips]
-    tokens = tokens_of(tmp_path / "out" / "tokenized_train_curated.csv")
-    assert tokens.shape == (len(clips), expected[0].size)
-    assert reference.agreement(tokens.reshape(-1, *expected[0].shape), expected) >= 0.999
+    flags = ["--model", name, *flags]
+    assert run("--input_dir", real, *flags, weights=weights(name))[0] == 0
+    equals_the_reference(tmp_path / "out" / CSV, plain(name), real, target_s, overlap)
+
+
+@pytest.mark.parametrize("threads, workers", [(1, 1), (3, 5)])
+def test_the_same_command_gives_the_same_bytes(
+    threads, workers, run, real, whole, weights, tmp_path, monkeypatch
+):
+    """Whatever the number of cores, and of threads that read ahead."""
+    monkeypatch.setattr(encodec_tokenizer, "THREADS", threads)
+    flags = ["--input_dir", real, "--workers", workers]
+    assert run(*flags, weights=weights("encodec_24khz"))[0] == 0
+    assert (tmp_path / "out" / CSV).read_bytes() == whole.read_bytes()
+
+
+def test_the_rows_of_a_trial_are_those_of_the_full_run(run, real, whole, weights, tmp_path):
+    for count in (1, 6):
+        flags = ["--max_samples", count, "--output_dir", tmp_path / str(count)]
+        assert run("--input_dir", real, *flags, weights=weights("encodec_24khz"))[0] == 0
+        lines = (tmp_path / str(count) / CSV).read_bytes().splitlines()
+        assert lines == whole.read_bytes().splitlines()[: 1 + count]
 
 
 def test_the_tail_of_a_long_clip_changes_its_row(run, make_dataset, sound, tmp_path, weights):
@@ -111,9 +154,8 @@ def test_csv_is_as_the_contract_says(run, make_dataset, sound, tmp_path):
     assert second[:6] == ["a.wav", 'a "b"', "1200", "(8, 150)", "3", "4.0"]
     tokens = np.array([first[6:], second[6:]]).astype(int)
     assert tokens.min() >= 0 and tokens.max() <= 1023
-    names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    stem = "train_curated"
-    assert names == [f"summary_{stem}.txt", f"tokenized_{stem}.csv", f"tokenized_{stem}.json"]
+    names = sorted(p.name for p in (tmp_path / "out").iterdir() if p.name[0] != ".")
+    assert names == [f"summary_{STEM}.txt", CSV, f"tokenized_{STEM}.json"]
 
 
 def test_bad_clips_are_recorded_and_passed_over(run, make_dataset, sound, tmp_path):
@@ -143,19 +185,39 @@ def test_bad_clips_are_recorded_and_passed_over(run, make_dataset, sound, tmp_pa
     ]
     summary = (tmp_path / "out" / "summary_train_curated.txt").read_text()
     assert "Samples processed: 2" in summary and "Failures: 3" in summary
-    # Once the clips are mended, nothing failed any more.
+    # Once the clips are mended, the same command makes their rows; what cannot be, stays failed.
     for name in ("missing.wav", "b.wav"):
         soundfile.write(root / "train_curated" / name, sound(0.4), 44_100)
-    run("--input_dir", root, "--overwrite")
+    status, out, _ = run("--input_dir", root)
+    assert status == 0 and "4 clips, 1 failed (see " in out
     assert len(read_rows(tmp_path / "out" / "failed_train_curated.csv")) == 2
+    assert pd.read_csv(tmp_path / "out" / CSV)["fname"].tolist() == [
+        "a.wav",
+        "missing.wav",
+        "b.wav",
+        "c.wav",
+    ]
+    assert "is finished already" in run("--input_dir", root)[2]
+
+
+def test_a_file_called_raw_is_a_bad_clip_like_others(run, make_dataset, sound, tmp_path):
+    """soundfile raises TypeError there; it ended the run, and every rerun again."""
+    root = make_dataset({"a.wav": (sound(0.4), 44_100)}, rows=[("x.raw", "x"), ("a.wav", "x")])
+    (root / STEM / "x.raw").write_bytes(bytes(8_000))
+    status, out, _ = run("--input_dir", root)
+    assert status == 0 and "1 clips, 1 failed (see " in out
+    assert read_rows(tmp_path / "out" / f"failed_{STEM}.csv")[1][0] == "x.raw"
 
 
 def test_a_run_in_which_every_clip_fails_ends_with_status_1(run, make_dataset, tmp_path):
-    root = make_dataset({}, rows=[("a.wav", "x"), ("b.wav", "y")])
-    status, out, err = run("--input_dir", root)
-    assert status == 1
-    assert out == "" and "none of the 2 clips could be tokenized" in err
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["failed_train_curated.csv"]
+    root = make_dataset({"c.wav": (np.zeros(0), 8_000)}, rows=[("a.wav", "x"), ("b.wav", "y")])
+    for _ in range(2):  # it is not finished
+        status, out, err = run("--input_dir", root)
+        assert status == 1
+        assert out == "" and "none of the 2 clips could be tokenized" in err
+        assert len(read_rows(tmp_path / "out" / f"failed_{STEM}.csv")) == 3
+        assert not (tmp_path / "out" / CSV).exists()
+        assert not (tmp_path / "out" / f"summary_{STEM}.txt").exists()
 
 
 def test_summary_and_json_tell_what_made_the_file(run, make_dataset, sound, tmp_path, weights):
@@ -172,31 +234,40 @@ def test_summary_and_json_tell_what_made_the_file(run, make_dataset, sound, tmp_
         "Average chunks per sample: 2.00",
         "  (4, 150): 2 rows",
         "  model: encodec_24khz",
-        "  bandwidth_kbps: 3.0",
+        "  bandwidth: 3.0",
         "  device: cpu",
     ):
         assert line in summary.splitlines()
-    for stage in ("loading", "resampling", "encoding", "writing"):
-        assert f"  {stage}: " in summary
+    for stage in ("loading and resampling", "encoding"):
+        assert re.search(rf"^  {stage}: \d+\.\d\d$", summary, re.MULTILINE)
     assert "untrained" not in summary
     facts = json.loads((tmp_path / "out" / "tokenized_train_curated.json").read_text())
-    assert facts["weights_sha256"] == encodec_tokenizer.sha256_of(path)
-    assert facts["versions"]["torch"] and facts["num_clips"] == 2
+    for flag in ("model", "bandwidth", "target_duration", "overlap", "aggregate", "max_duration"):
+        assert facts[flag] == getattr(encodec_tokenizer.parse_settings(["--bandwidth", "3"]), flag)
+    assert re.fullmatch("[0-9a-f]{64}", facts["weights"]) and facts["weights_file"] == path.name
+    assert facts["versions"]["torch"] and facts["num_clips"] == 2 and facts["finished"] is True
+    assert [clip[0] for clip in facts["clips"]] == ["a.wav", "b.wav"]
+    assert len(facts["codes_in_use"]) == len(facts["perplexity"]) == 4 and facts["machine"]
 
 
-def test_debug_shows_every_clip(run, make_dataset, sound):
+def test_debug_shows_every_clip(run, make_dataset, sound, tmp_path):
     root = make_dataset({"a.wav": (sound(4.0, 22_050), 22_050), "b.wav": (sound(1.0), 44_100)})
     (root / "train_curated" / "b.wav").write_bytes(b"")
-    _, _, err = run("--input_dir", root, "--debug")
-    assert "a.wav [Label_0,Slam] 22050 Hz, 4.000 s, chunks: 3, tokens of the first: " in err
-    assert "loaded in" in err and "encoded in" in err
+    _, _, err = run("--input_dir", root, "--debug", "--aggregate", "none")
+    middle = tokens_of(tmp_path / "out" / CSV)[1].reshape(8, 150)[0, 75:83]  # of the middle chunk
+    codes = " ".join(map(str, middle))
+    assert (
+        "a.wav [Label_0,Slam] 22050 Hz, 4.000 s, chunks: 3, "
+        f"codes of the first codebook from the middle: {codes} ..., loaded in "
+    ) in err
+    assert "(its share of its batches)" in err
     assert "b.wav [Label_1,Slam] FAILED: empty file (0 bytes)" in err
 
 
 def test_a_break_is_one_sentence_and_with_debug_a_traceback(run, make_dataset, sound, monkeypatch):
     root = make_dataset({"a.wav": (sound(1.0), 44_100)})
 
-    def broken_disk(path, pieces):
+    def broken_disk(path, *_):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(encodec_tokenizer, "write_file", broken_disk)
@@ -208,35 +279,36 @@ def test_a_break_is_one_sentence_and_with_debug_a_traceback(run, make_dataset, s
 def test_batches_stay_within_their_block(run, make_dataset, sound, monkeypatch):
     """Else what is encoded together would depend on where a run was cut."""
     seen = []
-    make_batches = encodec_tokenizer.make_batches
+    codes = encodec_tokenizer.Encoder.codes
 
-    def watch(*args):
-        for batch in make_batches(*args):
-            seen.append(({clip.index // BLOCK_CLIPS for clip in batch.clips}, len(batch.clips)))
-            yield batch
+    def watch(self, convolved):
+        seen.append(len(convolved))
+        return codes(self, convolved)
 
-    monkeypatch.setattr(encodec_tokenizer, "make_batches", watch)
+    monkeypatch.setattr(encodec_tokenizer.Encoder, "codes", watch)
+    monkeypatch.setattr(encodec_tokenizer, "THREADS", 1)  # so that they come in order
     clips = {f"{i}.wav": (sound(0.2, 8_000), 8_000) for i in range(BLOCK_CLIPS + 10)}
-    assert run("--input_dir", make_dataset(clips), "--batch_size", "40")[0] == 0
-    assert seen == [({0}, 40), ({0}, BLOCK_CLIPS - 40), ({1}, 10)]
+    flags = ["--batch_size", "40", "--target_duration", "0.2"]
+    assert run("--input_dir", make_dataset(clips), *flags)[0] == 0
+    assert seen == [40, BLOCK_CLIPS - 40, 10]
 
 
 @pytest.fixture
-def big_dataset(make_dataset, sound):
-    """Two and a half blocks of short clips, some of them bad."""
-    clips = {
-        f"{i:03d}.wav": (sound(0.2, 8_000, seed=i), 8_000) for i in range(BLOCK_CLIPS * 5 // 2)
-    }
+def big_dataset(make_dataset, sound, monkeypatch):
+    """Two and a half blocks, of 4 short clips each, some of them bad."""
+    monkeypatch.setattr(encodec_tokenizer, "BLOCK_CLIPS", 4)
+    clips = {f"{i}.wav": (sound(0.2, 8_000, seed=i), 8_000) for i in range(10)}
     root = make_dataset(clips)
-    for i in (3, 70, 71):
-        (root / "train_curated" / f"{i:03d}.wav").write_bytes(b"")
+    for i in (3, 6, 7):
+        (root / STEM / f"{i}.wav").write_bytes(b"")
     return root
 
 
 def test_an_interrupted_run_goes_on_after_its_finished_blocks(
     run, big_dataset, tmp_path, monkeypatch
 ):
-    assert run("--input_dir", big_dataset, "--output_dir", tmp_path / "whole")[0] == 0
+    flags = ["--input_dir", big_dataset, "--target_duration", "0.5"]
+    assert run(*flags, "--output_dir", tmp_path / "whole")[0] == 0
     write_block = encodec_tokenizer.Output.write_block
     written, kills = [], [143]
 
@@ -247,27 +319,21 @@ def test_an_interrupted_run_goes_on_after_its_finished_blocks(
         write_block(self, index, *args)
 
     monkeypatch.setattr(encodec_tokenizer.Output, "write_block", fail_at_second)
-    status, _, err = run("--input_dir", big_dataset)
+    status, _, err = run(*flags)
     assert status == 143 and "the same command goes on" in err
-    blocks = tmp_path / "out" / "tokenized_train_curated.blocks"
-    assert [p.name for p in blocks.glob("*.block")] == ["00000.block"]
-    (blocks / "00001.block.tmp").write_text("torn")
+    blocks = tmp_path / "out" / f"tokenized_{STEM}.blocks"
+    (block,) = blocks.glob("*.block")
+    assert block.name.startswith("00000.")
+    assert not (tmp_path / "out" / CSV).exists()
+    torn = blocks / f"{block.name.replace('00000', '00001')}.0a1b.tmp"
+    torn.write_text("torn")
 
-    status, _, err = run("--input_dir", big_dataset)
-    assert status == 0 and f"going on after {BLOCK_CLIPS} of {BLOCK_CLIPS * 5 // 2} clips" in err
+    status, _, err = run(*flags)
+    assert status == 0 and "going on after 4 of 10 clips" in err
     assert written == [0, 1, 2]
-    assert not blocks.exists()
-    for name in ("tokenized_train_curated.csv", "failed_train_curated.csv"):
+    assert not torn.exists()
+    for name in (CSV, f"failed_{STEM}.csv"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-def test_the_same_command_gives_the_same_bytes(run, make_dataset, sound, tmp_path, weights):
-    root = make_dataset(real_shapes(sound))
-    for folder, flags in {"a": [], "b": ["--workers", "5"]}.items():
-        flags = [*flags, "--output_dir", tmp_path / folder]
-        run("--input_dir", root, *flags, weights=weights("encodec_24khz"))
-    first, second = (tmp_path / f / "tokenized_train_curated.csv" for f in "ab")
-    assert first.read_bytes() == second.read_bytes()
 
 
 def test_both_makes_the_files_of_curated_and_noisy(run, make_dataset, sound, tmp_path):
@@ -279,18 +345,134 @@ def test_both_makes_the_files_of_curated_and_noisy(run, make_dataset, sound, tmp
         assert table["fname"].tolist() == [name]
 
 
+PROBE = """
+import atexit, os, socket, sys
+
+def refuse(self, address):
+    with open(os.environ["PROBE"], "a") as file:
+        print("connection", address, file=file)
+    raise OSError("no network here")
+
+socket.socket.connect = socket.socket.connect_ex = refuse
+
+def report():
+    late = {"matplotlib", "pyarrow", "pandas", "huggingface_hub", "safetensors"} & set(sys.modules)
+    with open(os.environ["PROBE"], "a") as file:
+        print("exit", *sorted(late), file=file)
+
+def leave(status, at_once=os._exit):
+    report()
+    at_once(status)
+
+atexit.register(report)
+os._exit = leave
+"""
+
+
+@pytest.fixture(scope="session")
+def process(tmp_path_factory, weights):
+    """process(model's name): the script on the sample, as a user would run it.
+
+    In an empty HOME, with a checkpoint file, on one core, its stderr in a log file; watched are its
+    connections and what it imported.
+    """
+
+    def start(name):
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "home").mkdir()
+        (folder / "sitecustomize.py").write_text(PROBE)
+        args = ["--dataset", "sample", "--model", name, "--device", "cpu"]
+        args += ["--weights", weights(name), "--output_dir", folder / "out"]
+        env = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(folder / "home"),
+            "PYTHONPATH": str(folder),
+            "PROBE": str(folder / "probe"),
+            "OMP_NUM_THREADS": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, ROOT / "encodec_tokenizer.py", *args],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env=env,
+        )
+        return SimpleNamespace(
+            status=done.returncode,
+            log=done.stderr,
+            out=folder / "out",
+            home=folder / "home",
+            probe=(folder / "probe").read_text(),
+        )
+
+    made = {}
+    return lambda name: made.get(name) or made.setdefault(name, start(name))
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_the_script_runs_on_the_bundled_sample(name, tmp_path):
-    script = ROOT / "encodec_tokenizer.py"
-    args = ["--dataset", "sample", "--weights", "untrained", "--model", name, "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, script, *args, "--output_dir", tmp_path],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "WARNING: UNTRAINED WEIGHTS" in done.stderr and "Warning:" not in done.stderr
-    table = pd.read_csv(tmp_path / "tokenized_sample.csv")
+def test_the_script_runs_on_the_bundled_sample(name, process):
+    done = process(name)
+    assert done.status == 0, done.log
+    assert "Warning:" not in done.log and "UNTRAINED" not in done.log
+    table = pd.read_csv(done.out / "tokenized_sample.csv")
     assert len(table) == 12 and (table["num_chunks"] > 1).sum() == 3
     assert table.filter(regex=r"^token_\d+$").stack().nunique() > 100
+
+
+def test_untrained_weights_are_told_loudly(run, tmp_path):
+    status, _, err = run("--dataset", "sample", "--max_samples", "1")
+    assert status == 0 and "WARNING: UNTRAINED WEIGHTS" in err
+    assert "WARNING: untrained weights" in (tmp_path / "out/summary_sample.txt").read_text()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_run_writes_nothing_into_home_and_opens_no_connection(name, process):
+    done = process(name)
+    assert "connection" not in done.probe
+    assert list(done.home.rglob("*")) == []
+
+
+def test_what_a_run_does_not_use_is_not_imported(process):
+    """matplotlib, pyarrow, pandas and Hugging Face's packages."""
+    assert process("encodec_24khz").probe == "exit\n"
+
+
+def test_one_thread_of_a_process_gives_the_bytes_of_many(process, run, weights, tmp_path):
+    run("--dataset", "sample", weights=weights("encodec_24khz"))
+    ours, theirs = (
+        folder / "tokenized_sample.csv"
+        for folder in (tmp_path / "out", process("encodec_24khz").out)
+    )
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d %s: 12 of 12 clips, .*17 chunks, \d+ s of audio/s, 0 failed"
+
+
+def test_a_log_file_gets_lines_with_the_time_and_no_bar(process):
+    log = process("encodec_24khz").log
+    assert "\r" not in log and "\x1b" not in log and "%|" not in log
+    assert re.fullmatch(LINE % "sample", log.splitlines()[-1])
+
+
+def test_of_many_processes_a_line_names_its_rank(monkeypatch, capfd):
+    monkeypatch.setattr(encodec_tokenizer, "RANK", 3)
+    monkeypatch.setattr(encodec_tokenizer, "WORLD_SIZE", 4)
+    settings = encodec_tokenizer.parse_settings(["--device", "cpu"])
+    progress = encodec_tokenizer.Progress("sample", 12, settings)
+    for i in range(12):
+        progress.update(encodec_tokenizer.Clip(f"{i}.wav", num_chunks=2 if i < 5 else 1))
+    progress.bar.close()
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(LINE % r"sample \[rank 3\]", last)
+
+
+def test_speed_counts_the_padding_too(monkeypatch, capfd):
+    """Else short clips look like a broken machine."""
+    now = iter([0.0, *[4.0] * 99])
+    monkeypatch.setattr(encodec_tokenizer.time, "perf_counter", lambda: next(now))
+    settings = encodec_tokenizer.parse_settings(["--device", "cpu"])
+    progress = encodec_tokenizer.Progress("sample", 1, settings)
+    progress.update(encodec_tokenizer.Clip("a.wav", num_chunks=6, duration_s=0.1))
+    progress.bar.close()
+    assert "6 chunks, 3 s of audio/s" in capfd.readouterr().err

@@ -1,12 +1,15 @@
 """README's examples and claims, run as they stand."""
 
 import io
+import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
 from contextlib import redirect_stdout
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -20,15 +23,20 @@ def python_examples():
 
 
 @pytest.fixture
-def tokenized_sample(run, tmp_path, monkeypatch):
-    assert run("--dataset", "sample", "--output_dir", tmp_path / "work" / "tokenized")[0] == 0
+def tokenized(run, tmp_path, monkeypatch):
+    """The sample, in the place of all datasets that the examples read."""
+    folder = tmp_path / "work" / "tokenized"
+    assert run("--dataset", "sample", "--output_dir", folder, "--parquet")[0] == 0
+    for name in ("train_curated", "test"):
+        shutil.copy(folder / "tokenized_sample.csv", folder / f"tokenized_{name}.csv")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hugging_face"))
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_examples_print_what_they_say(tokenized_sample):
+def test_the_examples_print_what_they_say(tokenized):
     scope = {}
     examples = python_examples()
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         out = io.StringIO()
         with redirect_stdout(out), warnings.catch_warnings():
@@ -36,20 +44,42 @@ def test_the_examples_print_what_they_say(tokenized_sample):
             exec(example, scope)
         said = re.search(r"^print.*  # (.*)$", example, re.MULTILINE)[1]
         assert out.getvalue() == said + "\n"
-    assert scope["tokens"][4, 1, 2] == scope["table"].iloc[4]["token_152"]
-    assert scope["bags"].sum(axis=1).tolist() == [8 * 150] * 12
-    click = scope["table"].index[scope["table"]["fname"] == "click.wav"][0]  # 0.3 s of 2
+    table, codes = scope["table"], scope["table"].filter(regex=r"^token_\d+$").to_numpy()
+    assert (scope["tokens"].reshape(12, -1) == codes).all()  # of the Parquet file
+    click = table.index[table["fname"] == "click.wav"][0]  # 0.3 s of 2
     assert (scope["ids"][click] == scope["padding"]).sum() == 8 * (150 - 23)
+    bags = scope["train_bags"].toarray()
+    ids = codes[3] + np.arange(8).repeat(150) * 1024
+    assert bags[3].tolist() == np.bincount(ids, minlength=8192).tolist()
+    submission = scope["submission"]
+    labels = {label for cell in table["labels"] for label in cell.split(",")}
+    assert submission.columns.tolist() == ["fname", *sorted(labels)]
+    assert submission["fname"].tolist() == table["fname"].tolist()
+    likeliest = submission.set_index("fname").idxmax(axis=1)
+    assert all(likeliest[row.fname] in row.labels for row in table.itertuples())
 
 
-def test_every_flag_is_in_the_table_with_its_default():
+def test_the_flags_in_the_table_have_their_defaults():
     settings = parse_settings(["--device", "cpu"])
-    for flag in settings.__dataclass_fields__:
-        (row,) = re.findall(rf"^\|.*`--{flag}`.*? \| (.*?) \|", README, re.MULTILINE)
-        default = getattr(settings, flag)
-        if default not in (None, False) and flag != "device":
-            stated = row.strip("`").split(";")[0]
-            assert stated in (str(default), f"{default:g}" if isinstance(default, float) else "")
+    rows = re.findall(r"^\| (`--.*?) \| (.*?) \|", README, re.MULTILINE)
+    assert len(rows) == 6
+    for flags, defaults in rows:
+        for flag, stated in zip(re.findall(r"--(\w+)", flags), defaults.split(", ")):
+            default = getattr(settings, flag)
+            words = {None: "all", False: "off", 6.0: "6"}
+            assert stated.strip("`") == words.get(default, str(default))
+
+
+def test_a_row_is_shown_as_it_is_made(run, tmp_path):
+    """But for its tokens, which need the pretrained weights."""
+    run("--dataset", "sample")
+    header, *rows = (tmp_path / "out" / "tokenized_sample.csv").read_text().splitlines()
+    shown_header, shown_row = re.search(
+        r"^(fname,labels.*),\.\.\.\n(.*)$", README, re.MULTILINE
+    ).groups()
+    assert header.startswith(shown_header)
+    facts = re.match(r'(.*"\(8, 150\)",\d+,[\d.]+),', shown_row)[1]
+    assert any(row.startswith(facts + ",") for row in rows)
 
 
 def test_the_commands_parse():
@@ -65,11 +95,42 @@ def test_the_script_needs_nothing_but_requirements_txt():
     names = set(re.findall(r"^[a-z]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
     code = (ROOT / "encodec_tokenizer.py").read_text()
     imported = set(re.findall(r"^ *(?:import|from) ([a-z_]+)", code, re.MULTILINE))
-    assert imported - set(sys.stdlib_module_names) - {"matplotlib"} <= names  # --plot asks for it
+    optional = {"matplotlib", "pyarrow", "huggingface_hub", "safetensors"}
+    assert imported - set(sys.stdlib_module_names) - optional <= names
+    assert names <= imported
 
 
-def test_ci_runs_the_two_commands_of_the_readme():
+def test_requirements_are_the_same_in_the_script_and_its_message():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    wanted = {line for line in lines if not line.startswith("#")}
+    code = (ROOT / "encodec_tokenizer.py").read_text()
+    block = re.search(r"^# /// script\n(.*?)^# ///$", code, re.MULTILINE | re.DOTALL)[1]
+    inline = "\n".join(line.removeprefix("# ") for line in block.splitlines())
+    assert set(re.findall(r'"([a-z][^"]*)",', inline)) == wanted
+    message = re.search(r"'  pip install (.*?)\n    \)", code, re.DOTALL)[1]
+    assert set(re.findall(r"[a-z]+(?:>=[\d.]+)?(?:,<[\d.]+)?", message)) == wanted
+
+
+def test_ci_runs_the_two_commands_of_the_readme(tmp_path):
+    """Its own steps, in a clone of which the commands only say what they are."""
     commands = re.findall(r"^.*\.venv/bin.*$", README, re.MULTILINE)
-    assert len(commands) == 2
-    assert commands[0].endswith("encodec_tokenizer.py --dataset sample")
-    assert subprocess.run(["bash", "-n", ROOT / ".ci" / "run"]).returncode == 0
+    commands = [c for c in commands if not c.startswith(("In what", "`source"))]
+    project = tmp_path / "project"
+    (project / ".ci").mkdir(parents=True)
+    shutil.copy(ROOT / ".ci" / "run", project / ".ci" / "run")
+    (project / "README.md").write_text(README)
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "git").write_text('#!/bin/sh\nmkdir "$4" && cp -r "$3/." "$4"\n')
+    (fake / "bash").write_text('#!/bin/sh\necho "RUN: $2"\n')
+    for tool in fake.iterdir():
+        tool.chmod(0o755)
+    env = {**os.environ, "PATH": f"{fake}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["/bin/bash", project / ".ci" / "run"], env=env, capture_output=True, text=True
+    )
+    ran = re.findall(r"^RUN: (.*)$", done.stdout, re.MULTILINE)
+    assert ran == commands[:2] and len(ran) == 2
+    assert ran[0].endswith("encodec_tokenizer.py --dataset sample")
+    assert ran[1].endswith("-m pytest tests")
+    assert done.returncode != 0  # no .venv was made, so the linter is not there

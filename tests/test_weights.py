@@ -1,11 +1,22 @@
 import hashlib
+import json
 import pickle
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
 import encodec_tokenizer
-from encodec_tokenizer import MODELS, ModelSpec, find_weights, load_model, parse_settings
+from encodec_tokenizer import (
+    MODELS,
+    ModelSpec,
+    find_weights,
+    load_model,
+    parse_settings,
+    resolve_device,
+)
 
 
 def named_by_checksum(source, folder, stem="encodec"):
@@ -14,6 +25,10 @@ def named_by_checksum(source, folder, stem="encodec"):
     copy = folder / f"{stem}-{checksum}.th"
     copy.write_bytes(source.read_bytes())
     return copy
+
+
+def settings_of(*flags):
+    return resolve_device(parse_settings(["--device", "cpu", *map(str, flags)]))
 
 
 @pytest.fixture
@@ -30,25 +45,54 @@ def meta(tmp_path, monkeypatch, weights, cache):
     server.mkdir()
     file = named_by_checksum(weights("encodec_24khz"), server)
     spec = MODELS["encodec_24khz"]
-    played = ModelSpec(spec.build, spec.sample_rate, spec.channels, spec.bandwidths_kbps, file.name)
-    monkeypatch.setitem(MODELS, "encodec_24khz", played)
+    facts = {**vars(spec), "checkpoint": file.name}
+    monkeypatch.setitem(MODELS, "encodec_24khz", ModelSpec(**facts))
     monkeypatch.setattr(encodec_tokenizer, "ROOT_URL", server.as_uri() + "/")
     return file
 
 
+@pytest.fixture
+def no_server(tmp_path, monkeypatch, cache, hub):
+    """Neither Meta's address nor Hugging Face's can be reached."""
+    monkeypatch.setattr(encodec_tokenizer, "ROOT_URL", (tmp_path / "no_server").as_uri() + "/")
+    return hub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """huggingface_hub, played by a folder: repository -> its model.safetensors; and who asked."""
+
+    class Hub(types.ModuleType):
+        asked, files = [], {}
+
+        def hf_hub_download(self, repo_id, filename, **_):
+            self.asked.append((repo_id, filename))
+            if repo_id not in self.files:
+                raise RuntimeError(f"404 Client Error: {repo_id} not found\nRequest ID: 1")
+            return str(self.files[repo_id] / filename)
+
+    hub = Hub("huggingface_hub")
+    hub.asked, hub.files = [], {}
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    return hub
+
+
 def test_pretrained_weights_are_downloaded_once_into_torch_hubs_cache(meta, cache, weights):
-    settings = parse_settings(["--device", "cpu"])
+    settings = settings_of()
     path = find_weights(settings)
     assert path == cache / meta.name
-    state, expected = load_model(settings, path).state_dict(), torch.load(weights("encodec_24khz"))
+    state, expected = (
+        load_model(settings, path)[0].state_dict(),
+        torch.load(weights("encodec_24khz")),
+    )
     assert all(state[name].equal(expected[name]) for name in expected)
     meta.unlink()
     assert find_weights(settings) == path
 
 
-def test_a_download_that_was_altered_is_refused(meta, cache, run):
+def test_a_download_that_was_altered_is_refused(meta, cache, run, hub):
     meta.write_bytes(meta.read_bytes()[:-1] + b"x")
-    status, _, err = run("--dataset", "sample", weights="pretrained")
+    status, _, err = run("--dataset", "sample", "--max_samples", "1", weights="pretrained")
     assert "invalid hash value" in err
     assert not (cache / meta.name).exists()
     assert status == 0 and "UNTRAINED" in err  # the sample goes on without
@@ -63,22 +107,20 @@ def test_damaged_cache_fails_its_checksum(meta, cache, run):
 
 
 def test_where_no_download_is_possible_the_error_names_the_file_its_place_and_the_flag(
-    tmp_path, cache, monkeypatch, run, make_dataset, sound
+    tmp_path, cache, no_server, run, make_dataset, sound
 ):
-    monkeypatch.setattr(encodec_tokenizer, "ROOT_URL", (tmp_path / "no_server").as_uri() + "/")
     root = make_dataset({"a.wav": (sound(0.5), 44_100)})
     status, _, err = run("--input_dir", root, weights="pretrained")
     assert status == 2
     assert str(cache / "encodec_24khz-d7cc33bc.th") in err
     assert "--weights FILE" in err and "could not be downloaded" in err
+    assert "facebook/encodec_24khz could not be had from Hugging Face: 404" in err
     assert not (tmp_path / "out").exists()
 
 
-def test_only_the_sample_falls_back_to_untrained_weights_and_says_so(
-    tmp_path, cache, monkeypatch, run
-):
-    monkeypatch.setattr(encodec_tokenizer, "ROOT_URL", (tmp_path / "no_server").as_uri() + "/")
-    status, _, err = run("--dataset", "sample", weights="pretrained")
+def test_only_the_sample_falls_back_to_untrained_weights_and_says_so(tmp_path, no_server, run):
+    flags = ["--dataset", "sample", "--max_samples", "1"]
+    status, _, err = run(*flags, weights="pretrained")
     assert status == 0 and "WARNING: UNTRAINED WEIGHTS" in err
     assert "WARNING: untrained weights" in (tmp_path / "out/summary_sample.txt").read_text()
     assert '"weights": "untrained' in (tmp_path / "out/tokenized_sample.json").read_text()
@@ -86,16 +128,21 @@ def test_only_the_sample_falls_back_to_untrained_weights_and_says_so(
 
 def bad_weights(tmp_path, weights):
     (tmp_path / "text.th").write_text("no checkpoint")
+    (tmp_path / "text.safetensors").write_text("no checkpoint")
     torch.save([1, 2], tmp_path / "list.th")
     torch.save({"layer": torch.zeros(3)}, tmp_path / "other.th")
-    wrong = tmp_path / "encodec-00000000.th"
+    state = torch.load(weights("encodec_24khz"), weights_only=True)
+    torch.save({**state, "one.more": torch.zeros(1)}, tmp_path / "more.th")
+    wrong = tmp_path / "encodec_24khz-d7cc33bc.th"
     wrong.write_bytes(weights("encodec_24khz").read_bytes())
     return {
         tmp_path / "missing.th": "no such file",
         tmp_path: "no such file",
         tmp_path / "text.th": "is not a PyTorch checkpoint",
+        tmp_path / "text.safetensors": "is not a PyTorch checkpoint",
         tmp_path / "list.th": "of no EnCodec model",
         tmp_path / "other.th": "of no EnCodec model",
+        tmp_path / "more.th": "of no EnCodec model",
         weights("encodec_48khz"): "those of encodec_48khz: add --model encodec_48khz",
         wrong: "is damaged: its SHA-256 begins with",
     }
@@ -108,6 +155,33 @@ def test_weights_that_cannot_be_used_end_at_once_with_one_sentence(tmp_path, wei
         assert says in err and str(path) in err
         assert "Traceback" not in err
     assert not (tmp_path / "out" / "tokenized_sample.blocks").exists()
+
+
+def test_eight_digits_in_a_files_name_may_be_a_date(tmp_path, weights):
+    """Only Meta's own two names promise a checksum."""
+    dated = tmp_path / "model-20261123.th"
+    dated.write_bytes(weights("encodec_24khz").read_bytes())
+    assert find_weights(settings_of("--weights", dated)) == dated
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_that_give_every_row_the_same_value_are_refused(
+    name, value, tmp_path, weights, run
+):
+    """NaN in a convolution; codebooks that are all zero, as of a model that was never trained."""
+    state = torch.load(weights(name), weights_only=True)
+    if value == 0:
+        for key in state:
+            state[key] *= not key.endswith("_codebook.embed")
+    else:
+        weight = "weight_v" if name == "encodec_24khz" else "weight"
+        state[f"encoder.model.3.conv.conv.{weight}"][0, 0, 0] = value
+    torch.save(state, tmp_path / "bad.th")
+    status, _, err = run("--dataset", "sample", "--model", name, weights=tmp_path / "bad.th")
+    assert status == 2
+    assert str(tmp_path / "bad.th") in err and "NaN or is 0" in err
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path, run):
@@ -124,10 +198,182 @@ def test_a_checkpoint_cannot_run_code(tmp_path, run):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_untrained_weights_are_the_same_every_time_and_leave_the_seed_alone(name):
-    settings = parse_settings(["--model", name, "--device", "cpu"])
+def test_untrained_weights_are_the_same_every_time_and_leave_the_seed_alone(name, monkeypatch):
+    conftest = sys.modules["conftest"]
+    monkeypatch.setattr(encodec_tokenizer, "untrained_model", conftest.untrained_of_its_own)
+    settings = settings_of("--model", name)
     before = torch.random.get_rng_state()
-    first, second = (load_model(settings, None).state_dict() for _ in range(2))
+    first, second = (load_model(settings, None)[0].state_dict() for _ in range(2))
     assert all(first[key].equal(second[key]) for key in first)
     assert torch.random.get_rng_state().equal(before)
     assert first["quantizer.vq.layers.0._codebook.embed"].std() > 0
+
+
+# ------------------------------------------------------------------------- Hugging Face's form
+
+# The modules of EnCodec's two halves, Meta's name -> transformers', as its conversion script
+# (convert_encodec_checkpoint_to_pytorch.py) lists them. Written out: the script derives them.
+HALVES = """
+encoder.model.0.conv.conv encoder.layers.0.conv
+encoder.model.1.block.1.conv.conv encoder.layers.1.block.1.conv
+encoder.model.1.block.3.conv.conv encoder.layers.1.block.3.conv
+encoder.model.1.shortcut.conv.conv encoder.layers.1.shortcut.conv
+encoder.model.3.conv.conv encoder.layers.3.conv
+encoder.model.4.block.1.conv.conv encoder.layers.4.block.1.conv
+encoder.model.4.block.3.conv.conv encoder.layers.4.block.3.conv
+encoder.model.4.shortcut.conv.conv encoder.layers.4.shortcut.conv
+encoder.model.6.conv.conv encoder.layers.6.conv
+encoder.model.7.block.1.conv.conv encoder.layers.7.block.1.conv
+encoder.model.7.block.3.conv.conv encoder.layers.7.block.3.conv
+encoder.model.7.shortcut.conv.conv encoder.layers.7.shortcut.conv
+encoder.model.9.conv.conv encoder.layers.9.conv
+encoder.model.10.block.1.conv.conv encoder.layers.10.block.1.conv
+encoder.model.10.block.3.conv.conv encoder.layers.10.block.3.conv
+encoder.model.10.shortcut.conv.conv encoder.layers.10.shortcut.conv
+encoder.model.12.conv.conv encoder.layers.12.conv
+encoder.model.13.lstm encoder.layers.13.lstm
+encoder.model.15.conv.conv encoder.layers.15.conv
+decoder.model.0.conv.conv decoder.layers.0.conv
+decoder.model.1.lstm decoder.layers.1.lstm
+decoder.model.3.convtr.convtr decoder.layers.3.conv
+decoder.model.4.block.1.conv.conv decoder.layers.4.block.1.conv
+decoder.model.4.block.3.conv.conv decoder.layers.4.block.3.conv
+decoder.model.4.shortcut.conv.conv decoder.layers.4.shortcut.conv
+decoder.model.6.convtr.convtr decoder.layers.6.conv
+decoder.model.7.block.1.conv.conv decoder.layers.7.block.1.conv
+decoder.model.7.block.3.conv.conv decoder.layers.7.block.3.conv
+decoder.model.7.shortcut.conv.conv decoder.layers.7.shortcut.conv
+decoder.model.9.convtr.convtr decoder.layers.9.conv
+decoder.model.10.block.1.conv.conv decoder.layers.10.block.1.conv
+decoder.model.10.block.3.conv.conv decoder.layers.10.block.3.conv
+decoder.model.10.shortcut.conv.conv decoder.layers.10.shortcut.conv
+decoder.model.12.convtr.convtr decoder.layers.12.conv
+decoder.model.13.block.1.conv.conv decoder.layers.13.block.1.conv
+decoder.model.13.block.3.conv.conv decoder.layers.13.block.3.conv
+decoder.model.13.shortcut.conv.conv decoder.layers.13.shortcut.conv
+decoder.model.15.conv.conv decoder.layers.15.conv
+"""
+
+
+def as_transformers(state, newer):
+    """EnCodec's tensors under transformers' names; `newer`: as PyTorch's parametrizations."""
+    modules = dict(line.split() for line in HALVES.strip().splitlines())
+    for meta, theirs in list(modules.items()):  # a convolution's norm (48 kHz) lies beside it
+        if meta.endswith(("conv.conv", "convtr.convtr")):
+            inner = "conv" if meta.endswith("conv.conv") else "convtr"
+            modules[meta.removesuffix(inner) + "norm"] = theirs.removesuffix("conv") + "norm"
+    modules |= {
+        f"quantizer.vq.layers.{i}._codebook": f"quantizer.layers.{i}.codebook" for i in range(32)
+    }
+    norms = {"weight_g": "original0", "weight_v": "original1"}
+    renamed = {}
+    for name, tensor in state.items():
+        module, _, leaf = name.rpartition(".")
+        if newer and leaf in norms:
+            leaf = f"parametrizations.weight.{norms[leaf]}"
+        renamed[f"{modules[module]}.{leaf}"] = tensor
+    return renamed
+
+
+@pytest.fixture(
+    params=[("encodec_24khz", False), ("encodec_24khz", True), ("encodec_48khz", False)],
+    ids=["24 kHz, weight_g", "24 kHz, parametrizations", "48 kHz, no weight norm"],
+)
+def hugging_face(request, tmp_path, weights):
+    """A model, its checkpoint by Meta's names, and the same as a folder of transformers'."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    name, newer = request.param
+    state = torch.load(weights(name), weights_only=True)
+    folder = tmp_path / "transformers"
+    folder.mkdir()
+    renamed = {key: t.contiguous() for key, t in as_transformers(state, newer).items()}
+    safetensors.save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text('{"model_type": "encodec"}')
+    return name, weights(name), folder
+
+
+def test_transformers_weights_give_the_same_rows_and_identity(hugging_face, run, tmp_path, hub):
+    name, checkpoint, folder = hugging_face
+    flags = ["--dataset", "sample", "--max_samples", "3", "--model", name]
+    hub.files["someone/encodec"] = folder
+    forms = {
+        "meta": checkpoint,
+        "folder": folder,
+        "file": folder / "model.safetensors",
+        "hub": "someone/encodec",
+    }
+    files, digests = set(), set()
+    for form, path in forms.items():
+        out = tmp_path / form
+        status, _, err = run(*flags, "--output_dir", out, weights=path)
+        assert status == 0, err
+        files.add((out / "tokenized_sample.csv").read_bytes())
+        digests.add(json.loads((out / "tokenized_sample.json").read_text())["weights"])
+    assert len(files) == len(digests) == 1
+    assert hub.asked == [("someone/encodec", "model.safetensors")]
+    # One form is another's run.
+    status, _, err = run(*flags, "--output_dir", tmp_path / "meta", weights=folder)
+    assert status == 0 and "is finished already" in err
+
+
+def test_transformers_older_file_is_read_too(tmp_path, weights):
+    state = torch.load(weights("encodec_24khz"), weights_only=True)
+    torch.save(as_transformers(state, newer=False), tmp_path / "pytorch_model.bin")
+    settings = settings_of("--weights", tmp_path)
+    path = find_weights(settings)
+    assert path == tmp_path / "pytorch_model.bin"
+    ours, theirs = load_model(settings, path), load_model(settings, weights("encodec_24khz"))
+    assert ours[1] == theirs[1]
+
+
+def test_other_weights_are_another_run(tmp_path, weights, run):
+    state = torch.load(weights("encodec_24khz"), weights_only=True)
+    state["encoder.model.0.conv.conv.bias"][0] += 1e-3
+    torch.save(state, tmp_path / "other.th")
+    flags = ["--dataset", "sample", "--max_samples", "1"]
+    assert run(*flags, weights=weights("encodec_24khz"))[0] == 0
+    status, _, err = run(*flags, weights=tmp_path / "other.th")
+    assert status == 2 and "weights: " in err
+
+
+def test_pretrained_falls_back_to_hugging_face(no_server, tmp_path, weights, run):
+    """Where Meta's address cannot be reached; before the sample goes on untrained."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = torch.load(weights("encodec_24khz"), weights_only=True)
+    safetensors.save_file(as_transformers(state, newer=True), tmp_path / "model.safetensors")
+    no_server.files["facebook/encodec_24khz"] = tmp_path
+    flags = ["--dataset", "sample", "--max_samples", "1"]
+    status, _, err = run(*flags, weights="pretrained")
+    assert status == 0 and "could not be downloaded" in err and "UNTRAINED" not in err
+    assert no_server.asked == [("facebook/encodec_24khz", "model.safetensors")]
+    assert run(*flags, weights=weights("encodec_24khz"))[2].count("is finished already") == 1
+
+
+def test_a_repository_that_is_not_there_is_one_sentence(hub, run):
+    status, _, err = run("--dataset", "sample", weights="nobody/nothing")
+    assert status == 2
+    assert "nobody/nothing could not be had from Hugging Face: 404" in err
+    assert "Traceback" not in err and "Request ID" not in err
+
+
+def test_without_huggingface_hub_the_error_says_what_to_install(monkeypatch, run):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    status, _, err = run("--dataset", "sample", weights="facebook/encodec_24khz")
+    assert status == 2
+    assert "pip install huggingface_hub" in err and "Traceback" not in err
+
+
+def test_without_safetensors_the_error_says_what_to_install(monkeypatch, run, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    status, _, err = run("--dataset", "sample", weights=tmp_path)
+    assert status == 2
+    assert "pip install safetensors" in err and "Traceback" not in err
+
+
+def test_a_file_goes_before_a_repository_of_the_same_name(hub, tmp_path, weights, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    Path("a/b.th").write_bytes(weights("encodec_24khz").read_bytes())
+    assert find_weights(settings_of("--weights", "a/b.th")) == Path("a/b.th")
+    assert not hub.asked

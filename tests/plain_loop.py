@@ -1,0 +1,23 @@
+"""What one would write without this project: plain_loop.py INPUT_DIR MODEL WEIGHTS N CSV
+
+Tokenizes the first N clips of train_curated, a clip at a time, a chunk at a time, with Meta's model
+as it comes. benchmark.py runs it as a process of its own beside the script.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import reference
+import standin
+
+folder, name, weights, count, out = sys.argv[1:]
+model = standin.plain_model(name, Path(weights))
+model.set_target_bandwidth(6.0)
+with open(f"{folder}/train_curated.csv", newline="") as file:
+    rows = list(csv.DictReader(file))[: int(count)]
+with open(out, "w", newline="") as file:
+    writer = csv.writer(file)
+    for row in rows:
+        codes = reference.row(model, Path(folder, "train_curated", row["fname"]))
+        writer.writerow([row["fname"], row["labels"], *codes.ravel()])
