@@ -217,9 +217,11 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         parser.error("arguments --metadata and --audio_dir go together")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.device):
         parser.error("argument --device: choose from auto, cpu, cuda, cuda:N")
-    for name, package in {"plot": "matplotlib", "parquet": "pyarrow"}.items():
-        if getattr(settings, name) not in (None, False) and not find_spec(package):
-            parser.error(f"argument --{name} needs {package}:  pip install {package}")
+    made_by = {"plot": "matplotlib pandas", "parquet": "pyarrow pandas", "listen": "pandas"}
+    for name, packages in made_by.items():
+        missing = [package for package in packages.split() if not find_spec(package)]
+        if getattr(settings, name) not in (None, False, 0) and missing:
+            parser.error(f"argument --{name} needs  pip install {' '.join(missing)}")
     return settings
 
 
@@ -428,12 +430,12 @@ def read_clips(
     if not rows:
         raise UserError(f"{csv_path} lists no clips: nothing follows its header")
     extra = [name for name in header if keep_extra and name not in (names[0], *labels[:1])]
-    taken = r"num_tokens|token_shape|num_chunks|duration_sec|chunk|start_sec|tokens|token_\d+"
-    taken = [name for name in extra if re.fullmatch(taken, name) or header.count(name) > 1]
-    if taken:
-        raise UserError(f"{csv_path}: rename {', '.join(taken)}: the output would have it twice")
-    cells = (dict(zip(header, row)) for row in rows)
     wanted = [names[0], *(labels[:1] or [""]), *extra]
+    ours = r"num_tokens|token_shape|num_chunks|duration_sec|chunk|start_sec|tokens|token_\d+"
+    taken = {name for name in wanted if re.fullmatch(ours, name) or header.count(name) > 1}
+    if taken:
+        raise UserError(f"{csv_path}: rename {', '.join(taken)}: there would be two of a name")
+    cells = (dict(zip(header, row)) for row in rows)
     listed = Counter(tuple(cell.get(name, "") for name in wanted) for cell in cells)
     if repeated := [row[0] for row, count in listed.items() if count > 1]:
         count = len(rows) - len(listed)
@@ -1614,7 +1616,7 @@ def read_rows(path: Path) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
     tokens = [name for name in names if re.fullmatch(r"token_\d+", name)]
     types = dict.fromkeys(names.difference(tokens), str) | dict.fromkeys(tokens, np.uint16)
     types |= {"num_tokens": np.int32, "num_chunks": np.int32, "duration_sec": float}
-    types |= {name: float for name in names if name == "start_sec"}
+    types |= {"chunk": np.int32, "start_sec": float} if "start_sec" in names else {}
     parts = pd.read_csv(path, dtype=types, keep_default_na=False, chunksize=BLOCK_CLIPS)
     for table in parts:
         shape = map(int, re.findall(r"\d+", table["token_shape"].iloc[0]))

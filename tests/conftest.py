@@ -38,6 +38,19 @@ encodec_tokenizer.build_model = made_once(build_model)
 encodec_tokenizer.untrained_model = made_once(untrained_of_its_own)
 
 
+# Two OpenMP threads on a machine that has other work take ten times as long as one: they wait for
+# each other at every layer. The script starts threads of its own.
+torch.set_num_threads(1)
+
+
+def main(*args) -> int:
+    """The script's, in this process. It leaves PyTorch with as many threads as there are cores."""
+    try:
+        return encodec_tokenizer.main([str(arg) for arg in args])
+    finally:
+        torch.set_num_threads(1)
+
+
 @torch.no_grad()
 def stand_in_state(name: str) -> dict[str, torch.Tensor]:
     """Stand-in weights from less audio than standin.py itself takes, which is minutes on two cores.
@@ -90,9 +103,9 @@ def run(tmp_path, capfd):
     """Runs a command line in this process, untrained by default: (exit status, stdout, stderr)."""
 
     def command(*args, weights="untrained", device="cpu"):
-        argv = ["--output_dir", tmp_path / "out", "--device", device, "--weights", weights, *args]
+        flags = ["--output_dir", tmp_path / "out", "--device", device, "--weights", weights]
         try:
-            status = encodec_tokenizer.main([str(arg) for arg in argv])
+            status = main(*flags, *args)
         except SystemExit as stop:
             status = stop.code
         printed = capfd.readouterr()

@@ -9,9 +9,8 @@ import pandas as pd
 import pytest
 import reference
 import torch
-from conftest import write_dataset
+from conftest import main, write_dataset
 
-import encodec_tokenizer
 from encodec_tokenizer import (
     MODELS,
     Clip,
@@ -54,9 +53,9 @@ def tokenized(request, tmp_path_factory, sound, weights, plain):
         audio = reference.load(root / "train_curated" / clip, model.sample_rate, model.channels)
         chunks[clip] = reference.chunks(audio, model.sample_rate)
     for how in HOW:
-        flags = ["--aggregate", how, "--model", name, "--output_dir", str(folder / how)]
-        flags += ["--input_dir", str(root), "--device", "cpu", "--weights", str(weights(name))]
-        assert encodec_tokenizer.main(flags) == 0
+        flags = ["--aggregate", how, "--model", name, "--output_dir", folder / how]
+        flags += ["--input_dir", root, "--device", "cpu", "--weights", weights(name)]
+        assert main(*flags) == 0
     return name, chunks, folder
 
 
@@ -153,7 +152,7 @@ def test_health_is_of_the_chunks_codes_before_they_are_averaged(how, tmp_path):
     dataset = Dataset("x", tmp_path / "x.csv", tmp_path, [], clips)
     output = Output(tmp_path, dataset, identity(settings, dataset, "w"))
     (tmp_path / "a.wav").write_bytes(b"x")
-    assert output.begin(anew=False) == [0]
+    assert output.begin(None) == [0]
     output.write_block(0, make_block(clips, settings, None))
     assert output.join({"weights_file": "w.th", "machine": "m"}) == (2, 1)
     facts = json.loads(output.json.read_text())

@@ -366,8 +366,8 @@ def test_a_stream_of_unknown_length_is_no_truncated_file(tmp_path, sound):
     """ffmpeg leaves sizes of 0xFFFFFFFF where it writes to a pipe, others leave 0."""
     data = bytearray(encoded(sound(0.5), 44_100, "WAV", "PCM_16"))
     expected = soundfile.read(io.BytesIO(data), dtype="float32")[0]
-    for size in (b"\xff\xff\xff\xff", bytes(4)):
-        data[4:8] = data[40:44] = size
+    for sizes in ((2**32 - 1, 2**32 - 1), (0, 0), (36, 0)):
+        data[4:8], data[40:44] = (size.to_bytes(4, "little") for size in sizes)
         (tmp_path / "a.wav").write_bytes(data)
         assert np.array_equal(read_or_none(tmp_path / "a.wav"), expected)
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import reference
 import soundfile
-from conftest import ROOT, write_dataset
+from conftest import ROOT, main, write_dataset
 
 import encodec_tokenizer
 from encodec_tokenizer import BLOCK_CLIPS, MODELS
@@ -64,7 +64,7 @@ def whole(tmp_path_factory, real, weights):
     """The CSV that a run with the defaults makes of it, at 24 kHz."""
     out = tmp_path_factory.mktemp("whole")
     flags = ["--weights", weights("encodec_24khz"), "--device", "cpu", "--output_dir", out]
-    assert encodec_tokenizer.main(["--input_dir", str(real), *map(str, flags)]) == 0
+    assert main("--input_dir", real, *flags) == 0
     return out / CSV
 
 

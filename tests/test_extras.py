@@ -137,6 +137,10 @@ def test_the_picture_has_a_title_letters_and_three_clips_by_duration(picture):
         colours = np.unique(np.asarray(shown).reshape(first.size, -1), axis=0, return_inverse=True)
         by_code = pd.Series(colours[1].ravel()).groupby(first.ravel())
         assert (by_code.nunique() == 1).all()
+        # ... and neighbours among the numbers are no neighbours among the colours.
+        of_codes = colours[0][by_code.first()]
+        near, far = (np.abs(of_codes - np.roll(of_codes, n, axis=0)).mean() for n in (1, 99))
+        assert near > 0.5 * far
     shaded = [
         axis.patches[-1].get_extents().transformed(axis.transData.inverted()) for axis in maps
     ]

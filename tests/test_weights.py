@@ -318,10 +318,10 @@ def test_transformers_weights_give_the_same_rows_and_identity(hugging_face, run,
 
 def test_transformers_older_file_is_read_too(tmp_path, weights):
     state = torch.load(weights("encodec_24khz"), weights_only=True)
-    torch.save(as_transformers(state, newer=False), tmp_path / "pytorch_model.bin")
-    settings = settings_of("--weights", tmp_path)
-    path = find_weights(settings)
-    assert path == tmp_path / "pytorch_model.bin"
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(as_transformers(state, newer=False), path)
+    settings = settings_of("--weights", path)
+    assert find_weights(settings) == path
     ours, theirs = load_model(settings, path), load_model(settings, weights("encodec_24khz"))
     assert ours[1] == theirs[1]
 
