@@ -160,17 +160,19 @@ class Settings:
     aggregate: str = flag("mean", "how a clip's chunks become a row", True, choices=AGGREGATES)
     weights: str = flag("pretrained", "or untrained (a rehearsal), or a checkpoint: " + CHECKPOINT)
     device: str = flag("auto", "auto (CUDA if there is one), cpu, cuda, cuda:N")
-    batch_size: int = flag(None, "chunks a batch (default: 8 s; CUDA: 512 s)", True, type=COUNT)
+    batch_size: int = flag(
+        None, "chunks a batch (default: 8 s of audio; CUDA: 512 s)", True, type=COUNT
+    )
     workers: int = flag(None, "threads that read clips ahead (default: 2; CUDA: 8)", type=COUNT)
     max_duration: float = flag(
         600.0, "seconds; longer clips fail", True, type=number(float, 0.1, 1e6)
     )
     max_samples: int | None = flag(None, "only the first N rows (default: all)", type=COUNT)
     plot: str | None = flag(
-        None, "also a picture (.png, .pdf)", nargs="?", const="", metavar="FILE"
+        None, "also a picture (matplotlib)", nargs="?", const="", metavar="FILE"
     )
     listen: int = flag(0, "also WAVs of what N rows keep", type=number(int, 0, 10**9))
-    parquet: bool = flag(False, "also a Parquet file, with the tokens as one list column")
+    parquet: bool = flag(False, "also a Parquet file, tokens as one list column (pyarrow)")
     overwrite: bool = flag(False, "replace output made with other settings, or make it anew")
     debug: bool = flag(False, "print every clip, and tracebacks")
 
@@ -283,8 +285,8 @@ if WORLD_SIZE > 1:
 def resolve_device(settings: Settings) -> Settings:
     """The settings with their device, "cpu" or "cuda:N", and what depends on it.
 
-    `auto` tries a small convolution first: PyTorch sees GPUs that it has no kernels for (of Pascal,
-    since 2.8). Raises UserError: no such GPU, or one that cannot be used.
+    `auto` tries a small convolution first: PyTorch sees GPUs that it has no kernels for.
+    Raises UserError: no such GPU, or one that cannot be used.
     """
     device = settings.device
     if device in ("auto", "cuda"):
@@ -431,7 +433,7 @@ def read_clips(
         raise UserError(f"{csv_path} lists no clips: nothing follows its header")
     extra = [name for name in header if keep_extra and name not in (names[0], *labels[:1])]
     wanted = [names[0], *(labels[:1] or [""]), *extra]
-    ours = r"num_tokens|token_shape|num_chunks|duration_sec|chunk|start_sec|tokens|token_\d+"
+    ours = "|".join([*COLUMNS[2:], "chunk", "start_sec", "tokens", r"token_\d+"])
     taken = {name for name in wanted if re.fullmatch(ours, name) or header.count(name) > 1}
     if taken:
         raise UserError(f"{csv_path}: rename {', '.join(taken)}: there would be two of a name")
@@ -1145,7 +1147,7 @@ def encode_clips(clips: Iterable[Clip], encoder: Encoder, settings: Settings) ->
     pool = one_core_pool(THREADS if settings.device == "cpu" else 1)
     ahead = 2 * (THREADS + settings.batch_size)  # chunks
     waiting: deque[tuple[Clip, list]] = deque()  # a clip; for each chunk its batch and place there
-    batch: list[tuple[list, Future]] = []  # the chunks on the way into one: their clip's list, and
+    batch: list[tuple[list, Future]] = []  # being filled: for each chunk its clip's list, features
     in_flight = 0
 
     def close_batch() -> None:
@@ -1424,7 +1426,6 @@ class Output:
         facts = {"finished": False, "num_clips": num_clips, "clips": kept}
         facts["overwrite"] = overwrite if anew else record.get("overwrite")
         facts["owner"] = owner()
-        self.blocks.mkdir(exist_ok=True)
         states = self.file_states([(fname, file) for fname, file, _ in kept])
         errors = [error for _, _, error in kept]
         lost = [c[0] for c, at, error in zip(kept, states, errors) if at != "same" and not error]
@@ -1434,12 +1435,12 @@ class Output:
             raise UserError(f"{what} ({names}). {ways_on}")
         if state == "finished" and record["num_clips"] == num_clips and "changed" not in states:
             if not any(errors):  # else the blocks stay, see join
-                shutil.rmtree(self.blocks)
+                shutil.rmtree(self.blocks, ignore_errors=True)
             return None
-        there = set() if anew else self.adopt_blocks()
-        if anew:
+        if anew and self.blocks.exists():
             shutil.rmtree(self.blocks)
-            self.blocks.mkdir()
+        self.blocks.mkdir(exist_ok=True)
+        there = self.adopt_blocks()
         self.write_record(facts)
         if anew:
             self.remove(self.csv, self.summary, self.failed)
@@ -1453,11 +1454,10 @@ class Output:
         """
         there = set()
         for path in sorted(self.blocks.iterdir()):
-            index = int(path.name[:5]) if path.suffix == ".block" else None
+            index = int(path.name.partition(".")[0]) if path.suffix == ".block" else None
             block = None if index is None else self.read_block(index, path)
-            if block and "changed" not in self.file_states(
-                [(r.fname, r.file) for r in block.records]
-            ):
+            files = [(record.fname, record.file) for record in block.records] if block else []
+            if block and "changed" not in self.file_states(files):
                 path.replace(self.block_path(index))
                 there.add(index)
             elif path.suffix != ".damaged":
@@ -1514,9 +1514,10 @@ class Output:
 
     def join(self, facts: dict) -> tuple[int, int]:
         """Write the final files from the blocks, last the record. Returns: clips done, failed."""
-        records, counts = [], np.zeros((1, NUM_CODES), int)
+        records, counts, shape = [], np.zeros((1, NUM_CODES), int), []
         for block in self.blocks_in_order():
             records += block.records
+            shape = shape or block.shape
             if block.counts:
                 counts = counts + np.array(block.counts)
         failures = [(record.fname, record.error) for record in records if record.error]
@@ -1528,7 +1529,6 @@ class Output:
             self.remove(self.csv, self.summary)
             return 0, len(failures)
         lines = (block.lines for block in self.blocks_in_order())
-        shape = next(block.shape for block in self.blocks_in_order() if block.lines)
         header = csv_line(columns(self.run["aggregate"], self.dataset, math.prod(shape)))
         write_file(self.csv, chain([header.encode()], lines), self.blocks)
         facts |= {
@@ -1567,8 +1567,7 @@ def summary(facts: dict, records: list[Record], dataset: Dataset) -> str:
     done = [record for record in records if not record.error]
     n, audio_s, chunks = len(done), sum(r.duration_s for r in done), sum(r.num_chunks for r in done)
     rows, shape = chunks if facts["aggregate"] == "none" else n, facts["token_shape"]
-    padding = [facts["target_duration"] - r.duration_s for r in done]
-    padding = [seconds for seconds in padding if seconds > 0]
+    padding = [s for r in done if (s := facts["target_duration"] - r.duration_s) > 0]
     silent = [record.fname for record in done if record.silent]
     failed = f" (see failed_{dataset.stem}.csv)" if facts["failed"] else ""
     by = f", by {np.mean(padding):.2f} s on average" if padding else ""
@@ -1640,22 +1639,23 @@ def write_parquet(output: Output) -> Path:
     return output.parquet
 
 
-def chosen_rows(path: Path, choose: Callable[[pd.DataFrame], Iterable[int]]) -> list[tuple]:
-    """Of the rows that `choose` picks by their numbers: the cells, by name, and the codes [K, F].
-
-    It sees one row a clip, without the tokens.
-    """
+def clip_table(path: Path) -> pd.DataFrame:
+    """The first row of each clip without its tokens, by the row's number in the CSV."""
     import pandas as pd
 
-    clips = pd.concat(table for table, _ in read_rows(path)).reset_index(drop=True)
-    clips = clips[~clips.duplicated(["fname", "labels"])]
-    wanted, start, found = list(choose(clips)), 0, {}
+    table = pd.concat(part for part, _ in read_rows(path)).reset_index(drop=True)
+    return table[~table.duplicated(["fname", "labels"])]
+
+
+def rows_at(path: Path, numbers: Iterable[int]) -> list[tuple[pd.Series, np.ndarray]]:
+    """Rows by their numbers in the CSV: the cells, by name, and the codes [K, F]."""
+    numbers, found, start = list(numbers), {}, 0
     for table, codes in read_rows(path):
-        for i in range(len(codes)):
-            if start + i in wanted:
-                found[start + i] = table.iloc[i], codes[i]
+        for number in numbers:
+            if start <= number < start + len(codes):
+                found[number] = table.iloc[number - start], codes[number - start]
         start += len(codes)
-    return [found[i] for i in wanted]
+    return [found[number] for number in numbers]
 
 
 def first_chunk(settings: Settings, dataset: Dataset, fname: str) -> torch.Tensor | None:
@@ -1672,7 +1672,7 @@ def write_listening(settings: Settings, output: Output, model: EncodecModel) -> 
     model = model.cpu()
     shutil.rmtree(output.listen, ignore_errors=True)
     output.listen.mkdir()
-    rows = chosen_rows(output.csv, lambda clips: clips.index[: settings.listen])
+    rows = rows_at(output.csv, clip_table(output.csv).index[: settings.listen])
     for i, (cells, codes) in enumerate(rows):
         heard = first_chunk(settings, output.dataset, cells["fname"])
         if heard is None:
@@ -1688,18 +1688,14 @@ def write_listening(settings: Settings, output: Output, model: EncodecModel) -> 
     return output.listen
 
 
-def short_median_long(clips: pd.DataFrame) -> list[int]:
-    by_duration = clips.sort_values("duration_sec", kind="stable").index
-    return list(dict.fromkeys(by_duration[[0, (len(clips) - 1) // 2, -1]]))
-
-
 def write_picture(settings: Settings, output: Output) -> Path:
     """Durations, chunks, codes in use, and the token maps of three clips under their waveforms."""
     from matplotlib.figure import Figure
 
-    record = output.record()
-    clips = []
-    rows = chosen_rows(output.csv, lambda c: clips.append(c) or short_median_long(c))
+    record, clips = output.record(), clip_table(output.csv)
+    by_duration = clips.sort_values("duration_sec", kind="stable").index
+    short_median_long = dict.fromkeys(by_duration[[0, (len(clips) - 1) // 2, -1]])
+    rows = rows_at(output.csv, short_median_long)
     figure = Figure(figsize=(11, 8), layout="constrained")
     weights = record["weights_file"] or record["weights"]
     figure.suptitle(
@@ -1708,7 +1704,7 @@ def write_picture(settings: Settings, output: Output) -> Path:
     )  # fmt: skip
     top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.5))
     above = top.subplots(1, 3)
-    draw_counts(*above, clips[0], record)
+    draw_counts(*above, clips, record)
     panels = bottom.subplots(2, 3, squeeze=False, height_ratios=(1, 2))
     for (wave, tokens), (cells, codes) in zip(panels.T, rows):
         heard = first_chunk(settings, output.dataset, cells["fname"])
@@ -1958,10 +1954,11 @@ def run(settings: Settings) -> int:
         attempts, plans = together(begin, outputs, settings, locks, first=True)
         encoder = Encoder(model, settings) if any(plans) else None
         statuses = []
-        for output, output.attempt, todo in zip(outputs, attempts, plans):
+        for output, attempt, todo in zip(outputs, attempts, plans):
+            output.attempt = attempt
             if todo:
                 make_blocks(todo[RANK::WORLD_SIZE], output, encoder, settings)
-            together(int)  # all blocks are there
+            gather(None)  # all blocks are there
             if RANK == 0:
                 facts = {"weights_file": path and path.name, "machine": machine(settings.device)}
                 statuses.append(finish(output, todo, settings, facts, model))

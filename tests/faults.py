@@ -74,6 +74,22 @@ def use_small_blocks_and_ready_made_codes() -> None:
 # a run before it starts: `before` of `start`, by functions that are pickled by name
 
 
+class Wrapped:
+    """An open file, but for what a subclass does otherwise."""
+
+    def __init__(self, file) -> None:
+        self.file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
 def before_steps(step: Callable[[str], None]) -> None:
     """Calls `step` around each operation by which files come to the disk, change or go."""
 
@@ -88,20 +104,8 @@ def before_steps(step: Callable[[str], None]) -> None:
 
         setattr(owner, name, call)
 
-    class TornWrites:
+    class TornWrites(Wrapped):
         """A file that is written in halves."""
-
-        def __init__(self, file) -> None:
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_) -> None:
-            self.file.close()
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
 
         def writelines(self, pieces) -> None:
             data = b"".join(pieces)
@@ -255,20 +259,12 @@ def move_away(folder: str, to: str) -> None:
         path.rename(Path(to) / path.name)
 
 
-class BadReads:
+class BadReads(Wrapped):
     """An open file that the system fails to read."""
 
     def __init__(self, file, number: int) -> None:
-        self.file, self.number = file, number
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.file.close()
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
+        super().__init__(file)
+        self.number = number
 
     def fail(self, *_) -> None:
         raise OSError(self.number, os.strerror(self.number))
