@@ -10,6 +10,7 @@ from unittest import mock
 # long as one: they wait for each other at every step.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import filelock
 import numpy as np
 import pytest
 import soundfile
@@ -85,13 +86,18 @@ def stand_in_state(name: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """name of a model -> a checkpoint file of stand-in weights, made once where it is asked for."""
-    folder = tmp_path_factory.mktemp("weights")
+    """name of a model -> a checkpoint file of stand-in weights, made once where it is asked for.
+
+    For all processes of the suite, which pytest-xdist gives folders side by side.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
     def path(name: str) -> Path:
         file = folder / f"{name}.th"
-        if not file.exists():
-            torch.save(stand_in_state(name), file)
+        with filelock.FileLock(file.with_suffix(".lock")):
+            if not file.exists():
+                torch.save(stand_in_state(name), file)
         return file
 
     return path

@@ -1,6 +1,7 @@
 """Tokens against plain EncodecModel.encode, one chunk at a time."""
 
 import functools
+import time
 from concurrent.futures import Future
 
 import numpy as np
@@ -145,6 +146,26 @@ def test_codes_do_not_depend_on_the_number_of_threads(name, encoder, monkeypatch
         assert [0 if clip.codes is None else len(clip.codes) for clip in done] == list(counts)
         ours = [codes for clip in done if clip.codes is not None for codes in clip.codes]
         assert all(np.array_equal(a, b) for a, b in zip(ours, alone, strict=True))
+
+
+def test_no_thread_waits_for_another_within_a_block(monkeypatch):
+    """A batch's LSTM begins when its chunks are convolved, however long one of them takes."""
+    monkeypatch.setattr(encodec_tokenizer, "THREADS", 3)
+    waited = []
+
+    class Uneven:
+        def convolve(self, number):
+            time.sleep(0.02 if number % 5 else 0.1)
+
+        def codes(self, convolved):
+            waited.append(not all(future.done() for future in convolved))
+            return np.zeros((len(convolved), 8, 150), dtype=np.int64), None, 0.0
+
+    clips = [Clip(f"{i}.wav", chunks=[i], index=i) for i in range(60)]
+    settings = settings_of("encodec_24khz")
+    assert len(list(encode_clips(clips, Uneven(), settings))) == 60
+    assert len(waited) == 60 // settings.batch_size
+    assert not any(waited[:-1])  # at the end of a block there is nothing else to do
 
 
 @pytest.mark.parametrize("name", MODELS)
