@@ -1037,10 +1037,10 @@ class FastEncoder:
     def convolve(self, segment: torch.Tensor) -> torch.Tensor:
         """[C, T] -> what enters the LSTM, [F, 512]
 
-        A causal model's in pieces of 50 frames or more, which fit the cache (whole chunks of 2 s take
-        1.2 times as long) and take no more memory for longer chunks; each convolution finds the
-        inputs that it needs from the piece before in `tails`. The 48 kHz model looks ahead and
-        normalizes over time: a segment is one piece.
+        A causal model's in pieces of 50 frames or more, which fit the cache (2 s at once take 1.2
+        times as long) and take no more memory for longer chunks; each convolution finds the inputs
+        that it needs from the piece before in `tails`. The 48 kHz model looks ahead and normalizes
+        over time: a segment is one piece.
         """
         x, tails = segment.T.contiguous(), {}  # [T, C]
         piece = 50 * self.hop if self.causal else len(x)
@@ -1145,8 +1145,9 @@ def encode_clips(clips: Iterable[Clip], encoder: Encoder, settings: Settings) ->
     """Encode the chunks of clips, whole blocks of them; yields the clips in their order.
 
     Every chunk is convolved on a core of its own, and every `batch_size` of them, in order, go
-    through the LSTM and the codebooks together: when as many more as there are threads have begun,
-    so that no thread waits for another. On CUDA one thread does it all, the GPU the rest.
+    through the LSTM and the codebooks together. Not at once, but after as many more chunks as there
+    are threads: by then they are convolved, and no thread waits for another (that took 1.1 times as
+    long). On CUDA one thread does it all, the GPU the rest.
     """
     threads = THREADS if settings.device == "cpu" else 1
     pool, batch_size = one_core_pool(threads), settings.batch_size
