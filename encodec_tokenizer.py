@@ -1644,23 +1644,14 @@ def write_parquet(output: Output) -> Path:
     return output.parquet
 
 
-def clip_table(path: Path) -> pd.DataFrame:
-    """The first row of each clip without its tokens, by the row's number in the CSV."""
-    import pandas as pd
-
-    table = pd.concat(part for part, _ in read_rows(path)).reset_index(drop=True)
-    return table[~table.duplicated(["fname", "labels"])]
-
-
-def rows_at(path: Path, numbers: Iterable[int]) -> list[tuple[pd.Series, np.ndarray]]:
-    """Rows by their numbers in the CSV: the cells, by name, and the codes [K, F]."""
-    numbers, found, start = list(numbers), {}, 0
+def first_rows(path: Path) -> Iterator[tuple[pd.Series, np.ndarray]]:
+    """Of each clip its first row: the cells, by name, and the codes [K, F]."""
+    seen = set()
     for table, codes in read_rows(path):
-        for number in numbers:
-            if start <= number < start + len(codes):
-                found[number] = table.iloc[number - start], codes[number - start]
-        start += len(codes)
-    return [found[number] for number in numbers]
+        for (_, cells), row in zip(table.iterrows(), codes):
+            if (clip := (cells["fname"], cells["labels"])) not in seen:
+                seen.add(clip)
+                yield cells, row.copy()
 
 
 def first_chunk(settings: Settings, dataset: Dataset, fname: str) -> torch.Tensor | None:
@@ -1677,8 +1668,7 @@ def write_listening(settings: Settings, output: Output, model: EncodecModel) -> 
     model = model.cpu()
     shutil.rmtree(output.listen, ignore_errors=True)
     output.listen.mkdir()
-    rows = rows_at(output.csv, clip_table(output.csv).index[: settings.listen])
-    for i, (cells, codes) in enumerate(rows):
+    for i, (cells, codes) in enumerate(islice(first_rows(output.csv), settings.listen)):
         heard = first_chunk(settings, output.dataset, cells["fname"])
         if heard is None:
             continue
@@ -1694,53 +1684,45 @@ def write_listening(settings: Settings, output: Output, model: EncodecModel) -> 
 
 
 def write_picture(settings: Settings, output: Output) -> Path:
-    """Durations, chunks, codes in use, and the token maps of three clips under their waveforms."""
+    """Durations, chunks and codes in use; below, a short, a median and a long clip's tokens."""
     from matplotlib.figure import Figure
 
-    record, clips = output.record(), clip_table(output.csv)
-    by_duration = clips.sort_values("duration_sec", kind="stable").index
-    short_median_long = dict.fromkeys(by_duration[[0, (len(clips) - 1) // 2, -1]])
-    rows = rows_at(output.csv, short_median_long)
+    record = output.record()
+    rows = sorted(first_rows(output.csv), key=lambda row: row[0]["duration_sec"])
+    shown = [rows[i] for i in dict.fromkeys([0, (len(rows) - 1) // 2, len(rows) - 1])]
     figure = Figure(figsize=(11, 8), layout="constrained")
     weights = record["weights_file"] or record["weights"]
-    figure.suptitle(
-        f"{record['dataset']}: {record['model']}, {record['bandwidth']:g} kbps, "
-        f"aggregate {record['aggregate']}, weights {weights}", parse_math=False,
-    )  # fmt: skip
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.5))
-    above = top.subplots(1, 3)
-    draw_counts(*above, clips, record)
-    panels = bottom.subplots(2, 3, squeeze=False, height_ratios=(1, 2))
-    for (wave, tokens), (cells, codes) in zip(panels.T, rows):
+    settled = f"{record['bandwidth']:g} kbps, aggregate {record['aggregate']}, weights {weights}"
+    figure.suptitle(f"{record['dataset']}: {record['model']}, {settled}", parse_math=False)
+    waves, maps = "defghi"[: len(shown)], "defghi"[len(shown) : 2 * len(shown)]
+    panels = figure.subplot_mosaic(f"abc;{waves:.<3};{maps:.<3}", height_ratios=(2, 1, 2))
+    draw_counts(panels["a"], panels["b"], panels["c"], [cells for cells, _ in rows], record)
+    for wave, tokens, (cells, codes) in zip(waves, maps, shown):
         heard = first_chunk(settings, output.dataset, cells["fname"])
-        draw_clip(wave, tokens, cells, codes, heard, settings.target_duration)
-    for axis in panels[:, len(rows) :].ravel():
-        axis.set_axis_off()
-    shown = [*above, *panels[:, : len(rows)].ravel()]
-    for letter, axis in zip("abcdefghi", shown):
-        axis.set_title(letter, loc="left", fontweight="bold", fontsize="medium")
-        axis.spines[["top", "right"]].set_visible(False)
-    path = output.picture
-    if settings.plot:
-        path = Path(settings.plot)
-        if STEMS[settings.dataset][1:] and not settings.metadata:
-            path = path.with_stem(f"{path.stem}_{output.dataset.stem}")
+        draw_clip(panels[wave], panels[tokens], cells, codes, heard, settings.target_duration)
+    for letter, panel in panels.items():
+        panel.set_title(letter, loc="left", fontweight="bold", fontsize="medium")
+        panel.spines[["top", "right"]].set_visible(False)
+    path = Path(settings.plot or output.picture)
+    if settings.plot and STEMS[settings.dataset][1:] and not settings.metadata:
+        path = path.with_stem(f"{path.stem}_{output.dataset.stem}")
     figure.savefig(path, dpi=150)
     return path
 
 
 def draw_counts(
-    lengths: Axes, counts: Axes, books: Axes, clips: pd.DataFrame, record: dict
+    lengths: Axes, counts: Axes, books: Axes, clips: list[pd.Series], record: dict
 ) -> None:
     """How long the clips are, how many chunks they have, how the codes are used."""
-    blue = "#0072b2"
-    lengths.hist(clips["duration_sec"], bins=40, color=blue)
+    blue, orange = "#0072b2", "#e69f00"
+    lengths.hist([clip["duration_sec"] for clip in clips], bins=40, color=blue)
     lengths.set(xlabel="duration of a clip (s)", ylabel="clips")
-    counts.bar(*np.unique(clips["num_chunks"], return_counts=True), color=blue)
+    chunks = Counter(clip["num_chunks"] for clip in clips)
+    counts.bar(chunks.keys(), chunks.values(), color=blue)
     counts.set(xlabel="chunks of a clip", ylabel="clips")
     numbers = np.arange(len(record["codes_in_use"]))
     books.bar(numbers - 0.2, record["codes_in_use"], 0.4, color=blue, label="codes in use")
-    books.bar(numbers + 0.2, record["perplexity"], 0.4, color="#e69f00", label="perplexity")
+    books.bar(numbers + 0.2, record["perplexity"], 0.4, color=orange, label="perplexity")
     books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes")
     books.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     for axis in (lengths.yaxis, counts.xaxis, counts.yaxis, books.xaxis):
@@ -1748,35 +1730,25 @@ def draw_counts(
 
 
 def draw_clip(
-    wave: Axes,
-    tokens: Axes,
-    cells: pd.Series,
-    codes: np.ndarray,
-    heard: torch.Tensor | None,
-    target_s: float,
-) -> None:
+    wave: Axes, tokens: Axes, clip: pd.Series, codes: np.ndarray,
+    heard: torch.Tensor | None, target_s: float,
+) -> None:  # fmt: skip
     """A clip's first chunk [C, T] over the tokens [K, F] of its row, with the padding shaded."""
-    import matplotlib
-
     if heard is not None:
         wave.plot(np.linspace(0, target_s, heard.shape[1]), heard[0], color="black", linewidth=0.4)
-    name, labels = (textwrap.shorten(cells[key], 40) for key in ("fname", "labels"))
-    wave.set_title(
-        f"{name}, {cells['duration_sec']:.2f} s\n{labels}", fontsize="small", parse_math=False
-    )
+    name, labels = (textwrap.shorten(clip[key], 40) for key in ("fname", "labels"))
+    title = f"{name}, {clip['duration_sec']:.2f} s\n{labels}"
+    wave.set_title(title, fontsize="small", parse_math=False)
     wave.set(xlim=(0, target_s), ylim=(-1, 1), yticks=(-1, 0, 1), ylabel="full scale")
     # Codes are names: the colours of near ones are far apart.
     shuffled = np.random.default_rng(0).permutation(NUM_CODES)[codes]
+    look = {"cmap": "turbo", "vmin": 0, "vmax": NUM_CODES, "interpolation": "nearest"}
     extent = (0, target_s, len(codes) - 0.5, -0.5)
-    tokens.imshow(
-        matplotlib.colormaps["turbo"](shuffled / NUM_CODES), aspect="auto",
-        interpolation="nearest", extent=extent,
-    )  # fmt: skip
+    tokens.imshow(shuffled, aspect="auto", extent=extent, **look)
     tokens.set(xlabel="time in the chunk (s)", ylabel="codebook")
-    for axis in (wave, tokens):
-        axis.axvspan(
-            min(cells["duration_sec"], target_s), target_s, color="0.5", alpha=0.4, linewidth=0
-        )
+    for panel in (wave, tokens):
+        padding = (min(clip["duration_sec"], target_s), target_s)
+        panel.axvspan(*padding, color="0.5", alpha=0.4, linewidth=0)
 
 
 # ---------------------------------------------------------------------------------------------- run
