@@ -1698,10 +1698,9 @@ def write_picture(settings: Settings, output: Output) -> Path:
     figure.suptitle(f"{record['dataset']}: {record['model']}, {settled}", parse_math=False)
     waves, maps = "defghi"[: len(shown)], "defghi"[len(shown) : 2 * len(shown)]
     panels = figure.subplot_mosaic(f"abc;{waves:.<3};{maps:.<3}", height_ratios=(2, 1, 2))
-    draw_counts(panels["a"], panels["b"], panels["c"], [cells for cells, _ in rows], record)
-    for wave, tokens, (cells, codes) in zip(waves, maps, shown):
-        heard = first_chunk(settings, output.dataset, cells["fname"])
-        draw_clip(panels[wave], panels[tokens], cells, codes, heard, settings.target_duration)
+    draw_counts([panels[letter] for letter in "abc"], [clip for clip, _ in rows], record)
+    for wave, tokens, row in zip(waves, maps, shown):
+        draw_clip([panels[wave], panels[tokens]], row, settings, output.dataset)
     for letter, panel in panels.items():
         panel.set_title(letter, loc="left", fontweight="bold", fontsize="medium")
         panel.spines[["top", "right"]].set_visible(False)
@@ -1712,11 +1711,9 @@ def write_picture(settings: Settings, output: Output) -> Path:
     return path
 
 
-def draw_counts(
-    lengths: Axes, counts: Axes, books: Axes, clips: list[pd.Series], record: dict
-) -> None:
+def draw_counts(panels: list[Axes], clips: list[pd.Series], record: dict) -> None:
     """How long the clips are, how many chunks they have, how the codes are used."""
-    blue, orange = "#0072b2", "#e69f00"
+    (lengths, counts, books), blue, orange = panels, "#0072b2", "#e69f00"
     lengths.hist([clip["duration_sec"] for clip in clips], bins=40, color=blue)
     lengths.set(xlabel="duration of a clip (s)", ylabel="clips")
     chunks = Counter(clip["num_chunks"] for clip in clips)
@@ -1731,26 +1728,24 @@ def draw_counts(
         axis.get_major_locator().set_params(integer=True)
 
 
-def draw_clip(
-    wave: Axes, tokens: Axes, clip: pd.Series, codes: np.ndarray,
-    heard: torch.Tensor | None, target_s: float,
-) -> None:  # fmt: skip
+def draw_clip(panels: list[Axes], row: tuple, settings: Settings, dataset: Dataset) -> None:
     """A clip's first chunk [C, T] over the tokens [K, F] of its row, with the padding shaded."""
+    (wave, tokens), (clip, codes), chunk_s = panels, row, settings.target_duration
+    heard = first_chunk(settings, dataset, clip["fname"])
     if heard is not None:
-        wave.plot(np.linspace(0, target_s, heard.shape[1]), heard[0], color="black", linewidth=0.4)
+        wave.plot(np.linspace(0, chunk_s, heard.shape[1]), heard[0], color="black", linewidth=0.4)
     name, labels = (textwrap.shorten(clip[key], 40) for key in ("fname", "labels"))
     title = f"{name}, {clip['duration_sec']:.2f} s\n{labels}"
     wave.set_title(title, fontsize="small", parse_math=False)
-    wave.set(xlim=(0, target_s), ylim=(-1, 1), yticks=(-1, 0, 1), ylabel="full scale")
+    wave.set(xlim=(0, chunk_s), ylim=(-1, 1), yticks=(-1, 0, 1), ylabel="full scale")
     # Codes are names: the colours of near ones are far apart.
     shuffled = np.random.default_rng(0).permutation(NUM_CODES)[codes]
     look = {"cmap": "turbo", "vmin": 0, "vmax": NUM_CODES, "interpolation": "nearest"}
-    extent = (0, target_s, len(codes) - 0.5, -0.5)
-    tokens.imshow(shuffled, aspect="auto", extent=extent, **look)
+    tokens.imshow(shuffled, aspect="auto", extent=(0, chunk_s, len(codes) - 0.5, -0.5), **look)
     tokens.set(xlabel="time in the chunk (s)", ylabel="codebook")
-    for panel in (wave, tokens):
-        padding = (min(clip["duration_sec"], target_s), target_s)
-        panel.axvspan(*padding, color="0.5", alpha=0.4, linewidth=0)
+    for panel in panels:
+        padded_from_s = min(clip["duration_sec"], chunk_s)
+        panel.axvspan(padded_from_s, chunk_s, color="0.5", alpha=0.4, linewidth=0)
 
 
 # ---------------------------------------------------------------------------------------------- run
