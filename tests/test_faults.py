@@ -309,7 +309,7 @@ def test_who_is_refused_is_not_told_of_a_process_that_died(data):
     dead = data.start("out", before=A_BLOCK)
     assert end(dead) == -9 and f"process {dead.pid} on" in data.owner("out")
     process = data.start("out", before=[partial(faults.delay, "begin", 2.0)])
-    time.sleep(1.0)
+    wait_for(lambda: f"process {process.pid} on" in data.owner("out"))
     status, said = data.said("out")
     assert status == 2 and "is being made by" in said
     assert f"process {dead.pid} on" not in said
