@@ -65,6 +65,15 @@ def test_a_picture_is_a_pdf_if_its_name_says_so(run, tmp_path):
     assert not list((tmp_path / "out").glob("*.png"))
 
 
+def test_of_two_datasets_each_has_its_own_picture(run, make_dataset, sound, tmp_path):
+    for stem in ("train_curated", "train_noisy"):
+        root = make_dataset({"a.wav": (sound(0.5), 44_100)}, stem)
+    flags = ["--input_dir", root, "--dataset", "both", "--plot", tmp_path / "figure.pdf"]
+    assert run(*flags)[0] == 0
+    names = ["figure_train_curated.pdf", "figure_train_noisy.pdf"]
+    assert sorted(path.name for path in tmp_path.glob("*.pdf")) == names
+
+
 @pytest.mark.parametrize("flag, package", [("--plot", "matplotlib"), ("--parquet", "pyarrow")])
 def test_without_the_package_of_a_flag_the_error_says_what_to_install(
     flag, package, run, monkeypatch
@@ -127,10 +136,13 @@ def test_the_picture_has_a_title_letters_and_three_clips_by_duration(picture):
         ["1.wav", " 5.00 s"],
     ]
     assert all(f"Label_{i},Slam" in axis.get_title() for i, axis in zip((2, 4, 1), waves))
+    for axis, seconds in zip(waves, (0.5, 2, 2)):
+        heard, end = np.asarray(axis.lines[0].get_ydata()), round(seconds * 24_000)
+        assert len(heard) == 48_000 and heard[:end].any() and not heard[end:].any()
     maps = [axis for axis in panels if axis.images]
     codes = table.filter(regex=r"^token_\d+$").to_numpy().reshape(-1, 8, 150)
     for axis, name in zip(maps, ("2.wav", "4.wav", "1.wav")):
-        shown = axis.images[0].get_array()
+        shown = axis.images[0].to_rgba(axis.images[0].get_array())
         first = codes[table.index[table["fname"] == name][0]]
         assert shown.shape[:2] == first.shape
         # Codes are names: equal ones, and only those, have the same colour.
