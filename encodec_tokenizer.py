@@ -536,6 +536,10 @@ def file_state(audio_dir: Path, fname: str, known: str | None) -> str:
         return "same" if known is None else "gone"
 
 
+NO_HEADER = "raw samples: there is no header that says what they are"
+UNKNOWN_FORMAT = 1, 4  # libsndfile's errors that say so: of the file's form, of its encoding
+
+
 class Stream(sf.SoundFile):
     """A file that is read from its start to its end, whatever length its header gives.
 
@@ -559,6 +563,8 @@ def open_audio(path: Path) -> Iterator[Stream]:
     name = os.fsencode(path) if os.name == "posix" else path  # it may be no UTF-8
     with Stream(name) as file:
         kind = file.format
+        if kind == "RAW":  # libsndfile's guess from a name in .au, .snd, .vox or .gsm
+            raise BadClip(NO_HEADER)
         if kind not in ("MP3", "OGG") and (kind != "WAV" or file.frames):
             yield file
             return
@@ -596,21 +602,28 @@ def feed(sink: int, data: bytes) -> None:
 def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.Tensor, int]:
     """Read a clip and mix it to the model's channels.
 
-    soundfile first: libsndfile reads WAV, FLAC, OGG and MP3 with nothing to install. What it does
-    not know goes to torchaudio.load, which since 2.9 needs TorchCodec and FFmpeg. What counts is
-    what was decoded; it is compared with what the header promises where that is exact.
+    soundfile first: libsndfile reads WAV, FLAC, OGG and MP3 with nothing to install. A format that
+    it does not know goes to torchaudio.load, which since 2.9 needs TorchCodec and FFmpeg; a damaged
+    file does not, for FFmpeg plays what is left of it. What counts is what was decoded; it is
+    compared with what the header promises where that is exact.
 
     Returns samples [channels, T] in float32, at the file's own rate; that rate in Hz.
     Raises BadClip. OSError, MemoryError: the machine's.
     """
     if path.suffix.lower() == ".raw":  # soundfile goes by this name, and wants to be told the rest
-        raise BadClip("raw samples: there is no header that says what they are")
+        raise BadClip(NO_HEADER)
     try:
         with open_audio(path) as file:
             samples, rate = decode(file, channels, max_duration_s), file.samplerate
     except sf.LibsndfileError as error:
-        path.open("rb").close()  # raises what the system has against it, which libsndfile hides
-        samples, rate = decode_by_torchaudio(path, channels, max_duration_s, error)
+        with path.open("rb") as file:  # raises what the system has against it; libsndfile hides it
+            if re.fullmatch(rb"[\t\n\r -~]+", file.read(4096)):
+                raise BadClip("not audio: it holds text") from error
+        reason = error.error_string.strip()
+        if error.code not in UNKNOWN_FORMAT:
+            what = "damaged, or of a kind that libsndfile cannot decode"
+            raise BadClip(f"{what} ({reason})") from error
+        samples, rate = decode_by_torchaudio(path, channels, max_duration_s, reason)
     if samples.shape[1] == 0:
         raise BadClip("no samples: the file holds a header and no audio")
     if not samples.abs().max() < 1e6:  # so that NaN counts
@@ -646,7 +659,7 @@ def decode(file: Stream, channels: int, max_duration_s: float) -> torch.Tensor:
 
 
 def decode_by_torchaudio(
-    path: Path, channels: int, max_duration_s: float, first: Exception
+    path: Path, channels: int, max_duration_s: float, first: str
 ) -> tuple[torch.Tensor, int]:
     """What libsndfile could not read, for the reason `first`: samples [channels, T] and rate."""
     try:
@@ -656,10 +669,7 @@ def decode_by_torchaudio(
     except Exception as error:  # any decoder's, or TorchCodec's absence
         if getattr(error, "errno", None) not in {None, *CLIP_ERRNOS}:
             raise
-        with path.open("rb") as file:
-            if file.read(4096).isascii():
-                raise BadClip("not audio: it holds text") from error
-        reasons = f"soundfile: {first}; torchaudio: {error}".replace(repr(str(path)), "it")
+        reasons = f"soundfile: {first}; torchaudio: {error}"
         raise BadClip(f"not audio that can be read ({' '.join(reasons.split())})") from error
     if samples.shape[1] > max_duration_s * rate:
         duration_s = samples.shape[1] / rate

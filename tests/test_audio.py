@@ -86,8 +86,10 @@ def write_bad_clips(folder, sound):
     (folder / "truncated.flac").write_bytes((folder / "whole.flac").read_bytes()[:9000])
     (folder / "text.wav").write_text("This is not audio." * 99)
     (folder / "page.mp3").write_text("<!DOCTYPE html><title>404</title>")
+    (folder / "zeros.wav").write_bytes(bytes(5_000))
     (folder / "random.wav").write_bytes(bytes(range(256)) * 9)
     (folder / "x.raw").write_bytes(whole)
+    (folder / "headless.au").write_bytes(whole[50:])
     for name, value in {"nan": np.nan, "infinite": np.inf, "absurd": 3e38}.items():
         samples = sound(1.0).astype(np.float32)
         samples[500] = value
@@ -102,9 +104,11 @@ def write_bad_clips(folder, sound):
         "empty.wav": "empty file (0 bytes)",
         "no_samples.wav": "no samples",
         "truncated.wav": "truncated: 44078 of 88200 bytes",
-        "truncated.flac": "not audio that can be read (soundfile:",
+        "truncated.flac": "damaged, or of a kind that libsndfile cannot decode (Error :",
+        "headless.au": "raw samples: there is no header",
         "text.wav": "not audio: it holds text",
         "page.mp3": "not audio: it holds text",
+        "zeros.wav": "not audio that can be read (soundfile:",
         "random.wav": "not audio that can be read (soundfile:",
         "x.raw": "raw samples: there is no header",
         "nan.wav": "NaN, infinite or absurdly large",
@@ -154,7 +158,7 @@ def test_what_neither_library_reads_carries_both_messages(tmp_path):
 
 
 def test_torchaudio_reads_what_soundfile_does_not(tmp_path, monkeypatch):
-    (tmp_path / "a.m4a").write_text("no audio for soundfile" * 50)
+    (tmp_path / "a.m4a").write_bytes(b"\0no audio for soundfile" * 50)
     decoded = torch.stack([torch.ones(8_000), torch.zeros(8_000)])
     monkeypatch.setattr("torchaudio.load", lambda path: (decoded, 16_000))
     samples, rate = read_audio(tmp_path / "a.m4a", 1, 0.5)
@@ -225,8 +229,20 @@ def encoded(samples, rate, kind, subtype, **options):
     return file.getvalue()
 
 
+@pytest.fixture
+def ffmpeg_plays_what_is_left(monkeypatch):
+    """torchaudio.load as with FFmpeg: it makes something of half a file, too."""
+
+    def load(path):
+        if path.stat().st_size < 12:
+            raise RuntimeError("no decoder for it")
+        return torch.ones(1, 9_000), 8_000
+
+    monkeypatch.setattr("torchaudio.load", load)
+
+
 @pytest.fixture(params=FORMATS)
-def whole(request, sound):
+def whole(request, sound, ffmpeg_plays_what_is_left):
     """A file of half a second: its name, its bytes, and its samples [T] decoded by soundfile."""
     samples = np.concatenate([sound(0.25, 48_000), sound(0.25, 48_000, seed=1)])
     data = encoded(samples, 48_000, *FORMATS[request.param])
@@ -313,7 +329,7 @@ SAMPLES_IN_FRAME, ENCODER_DELAY = 1152, 1105  # of LAME, with the decoder's 529
 
 
 @pytest.fixture(params=MODES.values(), ids=MODES.keys())
-def mp3(request, sound):
+def mp3(request, sound, ffmpeg_plays_what_is_left):
     """An MP3 of 4 s, its bytes, which begin with the frame that gives the length."""
     options = {"bitrate_mode": request.param, "compression_level": 0.3}
     return encoded(sound(4.0), 44_100, "MP3", "MPEG_LAYER_III", **options)
