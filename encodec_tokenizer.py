@@ -1792,26 +1792,19 @@ def gather(value: object) -> list:
     return values
 
 
-@contextmanager
-def process_group() -> Iterator[None]:
-    """Makes torchrun's processes a gloo group.
+def join_process_group() -> None:
+    """Make torchrun's processes a gloo group, until they end.
 
     After a restart torchrun's store still holds the addresses of the processes that died (torch
-    2.11): each attempt gets a prefix of its own.
+    2.11): each attempt gets a prefix of its own. Nothing destroys the group: torch 2.6 then waits,
+    with Python's lock in hand, for a thread that wants it.
     """
-    if WORLD_SIZE == 1:
-        yield
-        return
     patience, attempt = timedelta(days=30), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store, rank, size = next(torch.distributed.rendezvous("env://", timeout=patience))
     store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
     torch.distributed.init_process_group(
         "gloo", store=store, rank=rank, world_size=size, timeout=patience
     )
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def identity(settings: Settings, dataset: Dataset, weights: str) -> dict:
@@ -1925,7 +1918,9 @@ def run(settings: Settings) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     torch.set_num_threads(1)  # for every thread: no sum depends on the number of cores
-    with process_group(), ExitStack() as locks:
+    if WORLD_SIZE > 1:
+        join_process_group()
+    with ExitStack() as locks:
         settings = together(resolve_device, settings)
         datasets = together(find_datasets, settings)
         if WORLD_SIZE > 1:  # each node's first process downloads, the others find it there

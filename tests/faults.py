@@ -334,9 +334,13 @@ def child(argv: list[str], before: list[Callable], slow_s: float, rank: tuple, l
     for function in before:
         function()
     try:
-        status = script.main(argv)
+        leave(script.main(argv))
     except SystemExit as stop:
-        status = stop.code
+        leave(stop.code)
+
+
+def leave(status: int) -> None:
+    """End as the script does."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -391,13 +395,13 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def main() -> int:
+def main() -> None:
     use_small_blocks_and_ready_made_codes()
     Codes.slow_s = float(os.environ.get("SLOW_S", 0))
     attempt, rank = (os.environ.get(key) for key in ("TORCHELASTIC_RESTART_COUNT", "RANK"))
     print(f"attempt {attempt}, rank {rank}", file=sys.stderr, flush=True)
-    return script.main()
+    leave(script.main())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
