@@ -1337,8 +1337,13 @@ def write_file(path: Path, pieces: Iterable[bytes], workplace: Path) -> None:
     temporary.replace(path)
     if os.name == "posix":  # the new name is on the disk when its folder is
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of SMB, or FUSE: it cannot
+                raise
+        finally:
+            os.close(folder)
 
 
 def changes(found: dict, wanted: dict) -> str:
@@ -1395,7 +1400,7 @@ class Output:
             maker = (self.record() or {}).get("owner", "another process")
             hint = "wait for it, or choose another --output_dir"
             raise UserError(f"{self.csv} is being made by {maker}: {hint}") from error
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:  # the latter: Lustre mounted without flock
             raise UserError(f"--output_dir {self.lock.parent} cannot be used: {error}") from error
         try:
             record = self.record()

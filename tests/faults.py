@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -301,6 +302,27 @@ def fail_to_stat(name: str, number: int) -> None:
         return path_stat(path, *args, **kwargs)
 
     os.stat, Path.stat = stat, stat_of
+
+
+def fail_to_sync_folders(number: int) -> None:
+    """As a file system that cannot (EINVAL on SMB, ENOTSUP on some of FUSE's), or a broken disk."""
+    fsync = os.fsync
+
+    def sync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    os.fsync = sync
+
+
+def no_flock() -> None:
+    """As on Lustre mounted without it, with a filelock that has no other lock to offer."""
+
+    def acquire(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    script.filelock.FileLock.acquire = acquire
 
 
 def no_memory_to_decode() -> None:

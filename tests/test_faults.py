@@ -249,6 +249,17 @@ def test_a_full_disk_ends_in_one_sentence_and_the_rest_can_follow(max_bytes, blo
     assert data.files("out") == whole
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_cannot_sync_a_folder_is_used_and_a_broken_one_is_not(
+    number, data, whole
+):
+    status, said = data.said("out", before=[partial(faults.fail_to_sync_folders, number)])
+    if number == errno.EIO:
+        assert status == 1 and "error: OSError: [Errno 5] Input/output error" in said
+        assert data.run("out") == 0
+    assert data.files("out") == whole
+
+
 @pytest.mark.parametrize("times", every(1, 25))
 def test_a_signal_ends_the_run_within_ten_seconds_and_it_can_go_on(
     times, make_dataset, sound, tmp_path
@@ -702,7 +713,7 @@ def test_a_home_that_cannot_be_written_ends_in_a_sentence_or_untrained_weights(p
 
 
 @pytest.mark.parametrize("what", ["a file", "under a file", "a dangling link", "read-only",
-                                  "a read-only output"])  # fmt: skip
+                                  "a read-only output", "without locks"])  # fmt: skip
 def test_an_output_folder_that_cannot_be_used_is_refused_in_a_sentence(what, data):
     """As root too: the process gives up what lets root ignore permissions."""
     place = data.folder / "place"
@@ -720,9 +731,8 @@ def test_an_output_folder_that_cannot_be_used_is_refused_in_a_sentence(what, dat
     if "read-only" in what:
         for path in [place, *place.rglob("*")]:
             path.chmod(0o555 if path.is_dir() else 0o444)
-    status, said = data.said(
-        folder.relative_to(data.folder), "--overwrite", before=[faults.drop_capabilities]
-    )
+    before = [faults.drop_capabilities, *[faults.no_flock] * (what == "without locks")]
+    status, said = data.said(folder.relative_to(data.folder), "--overwrite", before=before)
     place.is_symlink() or place.chmod(0o755)
     assert status == 2, said
     assert f"error: --output_dir {folder} cannot be used" in said and "Traceback" not in said
