@@ -538,6 +538,7 @@ def file_state(audio_dir: Path, fname: str, known: str | None) -> str:
 
 NO_HEADER = "raw samples: there is no header that says what they are"
 UNKNOWN_FORMAT = 1, 4  # libsndfile's errors that say so: of the file's form, of its encoding
+MACHINE_FAULTS = {2: errno.EIO, 17: errno.ENOMEM}  # its failed system calls, its failed malloc
 
 
 class Stream(sf.SoundFile):
@@ -620,6 +621,8 @@ def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.
             if re.fullmatch(rb"[\t\n\r -~]+", file.read(4096)):
                 raise BadClip("not audio: it holds text") from error
         reason = error.error_string.strip()
+        if error.code in MACHINE_FAULTS:
+            raise OSError(MACHINE_FAULTS[error.code], reason, str(path)) from error
         if error.code not in UNKNOWN_FORMAT:
             what = "damaged, or of a kind that libsndfile cannot decode"
             raise BadClip(f"{what} ({reason})") from error

@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import random
@@ -155,6 +156,19 @@ def test_what_neither_library_reads_carries_both_messages(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"\xfe\x00\x81 no audio" * 50)
     with pytest.raises(BadClip, match=r"soundfile: .*Format not recognised.*torchaudio: "):
         read_audio(tmp_path / "a.wav", 1, 600)
+
+
+@pytest.mark.parametrize("code, fault", [(2, errno.EIO), (17, errno.ENOMEM)])
+def test_a_fault_of_the_machine_within_libsndfile_is_no_clips(code, fault, tmp_path, monkeypatch):
+    (tmp_path / "a.wav").write_bytes(b"\0")
+
+    def fail(name):
+        raise soundfile.LibsndfileError(code)
+
+    monkeypatch.setattr("encodec_tokenizer.Stream", fail)
+    with pytest.raises(OSError) as error:
+        loaded(tmp_path, "a.wav")
+    assert error.value.errno == fault and error.value.filename == str(tmp_path / "a.wav")
 
 
 def test_torchaudio_reads_what_soundfile_does_not(tmp_path, monkeypatch):
