@@ -2023,6 +2023,8 @@ def main(argv: list[str] | None = None) -> int:
     dataset or weights not found, output that would be replaced. 130, 143: interrupted.
     """
     settings = parse_settings(argv)
+    # Its own is a semaphore, of which macOS and Python 3.14 say that it was left over.
+    tqdm.set_lock(threading.RLock())
     for name in ("stdout", "stderr"):  # None where they were closed
         stream = getattr(sys, name) or open(os.devnull, "w")
         stream.reconfigure(errors="backslashreplace")  # names that are no UTF-8

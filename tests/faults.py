@@ -17,7 +17,6 @@ import signal
 import socket
 import stat
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -345,7 +344,6 @@ def start_server() -> None:
 
 def child(argv: list[str], before: list[Callable], slow_s: float, rank: tuple, log: str) -> None:
     sys.stdout = sys.stderr = Path(log).open("a", buffering=1)
-    script.tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a kill would leave
     use_small_blocks_and_ready_made_codes()
     Codes.slow_s = slow_s
     if rank:

@@ -347,7 +347,9 @@ def test_both_makes_the_files_of_curated_and_noisy(run, make_dataset, sound, tmp
 
 
 PROBE = """
-import atexit, os, socket, sys
+import atexit, multiprocessing, os, socket, sys
+
+multiprocessing.set_start_method("spawn")  # as on macOS; what a run leaves over is told then
 
 def refuse(self, address):
     with open(os.environ["PROBE"], "a") as file:
