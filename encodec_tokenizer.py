@@ -1649,10 +1649,10 @@ def read_rows(path: Path) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
     types = dict.fromkeys(names.difference(tokens), str) | dict.fromkeys(tokens, np.uint16)
     types |= {"num_tokens": np.int32, "num_chunks": np.int32, "duration_sec": float}
     types |= {"chunk": np.int32, "start_sec": float} if "start_sec" in names else {}
-    parts = pd.read_csv(path, dtype=types, keep_default_na=False, chunksize=BLOCK_CLIPS)
-    for table in parts:
-        shape = map(int, re.findall(r"\d+", table["token_shape"].iloc[0]))
-        yield table.drop(columns=tokens), table[tokens].to_numpy().reshape(-1, *shape)
+    with pd.read_csv(path, dtype=types, keep_default_na=False, chunksize=BLOCK_CLIPS) as parts:
+        for table in parts:
+            shape = map(int, re.findall(r"\d+", table["token_shape"].iloc[0]))
+            yield table.drop(columns=tokens), table[tokens].to_numpy().reshape(-1, *shape)
 
 
 def write_parquet(output: Output) -> Path:
