@@ -2027,7 +2027,8 @@ def main(argv: list[str] | None = None) -> int:
     tqdm.set_lock(threading.RLock())
     for name in ("stdout", "stderr"):  # None where they were closed
         stream = getattr(sys, name) or open(os.devnull, "w")
-        stream.reconfigure(errors="backslashreplace")  # names that are no UTF-8
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
+            stream.reconfigure(errors="backslashreplace")  # names that are no UTF-8
         setattr(sys, name, stream)
 
     def interrupt(number: int, _: object) -> None:
@@ -2058,6 +2059,8 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     exit_status = main()
+    if "IPython" in sys.modules:  # %run: the notebook goes on
+        sys.exit(exit_status)
     # No tidying up: it takes PyTorch most of a second, and threads may be encoding for longer.
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):

@@ -440,6 +440,33 @@ def test_what_a_run_does_not_use_is_not_imported(process):
     assert process("encodec_24khz").probe == "exit\n"
 
 
+NOTEBOOK = """
+import io, runpy, sys, types
+
+class OutStream(io.TextIOBase):
+    def __init__(self, stream):
+        self.write, self.flush = stream.write, stream.flush
+
+sys.modules["IPython"] = types.ModuleType("IPython")
+sys.stdout, sys.stderr = OutStream(sys.stdout), OutStream(sys.stderr)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    print("goes on after status", stop.code)
+"""
+
+
+def test_a_notebook_can_run_it_and_goes_on(tmp_path):
+    """With %run, in IPython's process, whose streams have their own kind."""
+    flags = ["--dataset", "sample", "--max_samples", "1", "--weights", "untrained"]
+    command = f"import sys; sys.argv = {[str(ROOT / 'encodec_tokenizer.py'), *flags]}" + NOTEBOOK
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "1 clips. Summary" in done.stdout, done.stderr
+    assert "goes on after status 0" in done.stdout
+
+
 def test_one_thread_of_a_process_gives_the_bytes_of_many(process, run, weights, tmp_path):
     run("--dataset", "sample", weights=weights("encodec_24khz"))
     ours, theirs = (
