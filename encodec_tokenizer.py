@@ -359,7 +359,8 @@ def find_datasets(settings: Settings) -> list[Dataset]:
     csv_path = settings.metadata or SAMPLE_DIR / "sample.csv"
     audio_dir = settings.audio_dir or SAMPLE_DIR
     if not audio_dir.is_dir():
-        raise UserError(f"--audio_dir {audio_dir}: no such folder")
+        named = "--audio_dir" if settings.audio_dir else "the sample comes with the repository, in"
+        raise UserError(f"{named} {audio_dir}: no such folder")
     clips = read_clips(csv_path, settings.max_samples, keep_extra=bool(settings.metadata))
     return [Dataset(csv_path.stem, csv_path, audio_dir, *clips)]
 
