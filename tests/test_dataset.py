@@ -283,7 +283,8 @@ def test_a_dataset_of_ones_own_that_is_not_there_ends_at_once(flags, says, run):
 def test_the_script_alone_has_no_sample_and_says_so(tmp_path, monkeypatch, run):
     monkeypatch.setattr("encodec_tokenizer.SAMPLE_DIR", tmp_path / "sample")
     status, _, err = run("--dataset", "sample")
-    assert status == 2 and "the sample comes with the repository" in err and "--audio_dir" not in err
+    assert status == 2
+    assert "the sample comes with the repository" in err and "--audio_dir" not in err
 
 
 @pytest.mark.parametrize("header", ["fname,labels,labels", "fname,labels,fname"])
