@@ -234,6 +234,18 @@ def leave_sign_when(name: str, sign: str) -> None:
     setattr(script.Output, name, call)
 
 
+def wait_before(name: str, sign: str) -> None:
+    """A function of Output's begins only when the file `sign` is there."""
+    function = getattr(script.Output, name)
+
+    def call(*args):
+        while not Path(sign).exists():
+            time.sleep(0.01)
+        return function(*args)
+
+    setattr(script.Output, name, call)
+
+
 def at_clip(name: str, what: Callable[..., None], *args: object) -> None:
     """Call `what` in the thread that is about to load the clip of that name."""
     load_clip = script.load_clip

@@ -532,7 +532,7 @@ def test_both_anew_does_not_make_curated_twice(data):
     assert data.run(*both) == 0
     times = {stem: data.path("out", "tokenized_{}.csv", stem).stat().st_mtime_ns
              for stem in (STEM, "train_noisy")}  # fmt: skip
-    process = data.start(*both, "--overwrite", slow_s=0.3)
+    process = data.start(*both, "--overwrite", slow_s=0.8)
     wait_for(lambda: f"process {process.pid} " in data.owner("out"))
     wait_for(lambda: data.record("out")["finished"] and data.block_times("out", "train_noisy"))
     process.kill()
@@ -849,14 +849,15 @@ def test_a_refusal_on_the_first_rank_is_every_ranks_refusal(data):
 
 @pytest.mark.parametrize("change", ["settings", "clip", "clip, going on"])
 def test_an_orphan_of_a_dead_job_leaves_no_row_in_a_new_run(change, data):
-    """Rank 1 is stopped in its block, rank 0 killed; rank 1 goes on while a new run is at work."""
-    sign, wrote = data.folder / "sign", data.folder / "wrote"
+    """Rank 1 is held in its block, rank 0 killed; rank 1 goes on while a new run is at work."""
+    sign, wrote, go_on, end_now = (
+        data.folder / name for name in ("sign", "wrote", "go on", "end now")
+    )
     at_work = partial(faults.at_clip, "007.wav", sign.touch)
+    held = partial(faults.wait_before, "write_block", str(go_on))
     writes = partial(faults.leave_sign_when, "write_block", str(wrote))
-    dead, orphan = ranks(data, "out", slow_s=1.0, before_second=[at_work, writes])
+    dead, orphan = ranks(data, "out", before_second=[at_work, held, writes])
     wait_for(sign.exists)
-    time.sleep(0.3)
-    os.kill(orphan.pid, signal.SIGSTOP)
     dead.kill()
     dead.join()
     assert 1 not in data.block_times("out")
@@ -864,12 +865,14 @@ def test_an_orphan_of_a_dead_job_leaves_no_row_in_a_new_run(change, data):
     if change.startswith("clip"):
         data.mend(4)
     anew = [] if change.endswith("going on") else ["--overwrite"]
-    new = data.start("out", *flags, *anew, slow_s=1.5)
+    at_work = partial(faults.wait_before, "join", str(end_now))
+    new = data.start("out", *flags, *anew, before=[at_work])
     wait_for(lambda: f"process {new.pid} " in data.owner("out") and 1 in data.block_times("out"))
     assert not wrote.exists()
-    os.kill(orphan.pid, signal.SIGCONT)
+    go_on.touch()
     assert end(orphan) == 1 and wrote.exists()
     assert not data.path("out", "tokenized_{}.csv").exists()  # the new run is still at work
+    end_now.touch()
     assert end(new) == 0
     assert data.run("fresh", *flags) == 0
     assert data.files("out") == data.files("fresh")
