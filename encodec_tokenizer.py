@@ -62,7 +62,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"  # raised where the rows may be others
 
 # ---------------------------------------------------------------------------------------- constants
 
@@ -1835,7 +1835,7 @@ def identity(settings: Settings, dataset: Dataset, weights: str) -> dict:
         "weights": weights,
         "device": settings.device.partition(":")[0],
         "block_clips": BLOCK_CLIPS,
-        "versions": {package: version(package) for package in packages},
+        "versions": {"script": __version__, **{name: version(name) for name in packages}},
     }
 
 

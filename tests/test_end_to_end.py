@@ -246,7 +246,9 @@ def test_summary_and_json_tell_what_made_the_file(run, make_dataset, sound, tmp_
     for flag in ("model", "bandwidth", "target_duration", "overlap", "aggregate", "max_duration"):
         assert facts[flag] == getattr(encodec_tokenizer.parse_settings(["--bandwidth", "3"]), flag)
     assert re.fullmatch("[0-9a-f]{64}", facts["weights"]) and facts["weights_file"] == path.name
-    assert facts["versions"]["torch"] and facts["num_clips"] == 2 and facts["finished"] is True
+    assert facts["versions"]["torch"] == encodec_tokenizer.version("torch")
+    assert facts["versions"]["script"] == encodec_tokenizer.__version__
+    assert facts["num_clips"] == 2 and facts["finished"] is True
     assert [clip[0] for clip in facts["clips"]] == ["a.wav", "b.wav"]
     assert len(facts["codes_in_use"]) == len(facts["perplexity"]) == 4 and facts["machine"]
 
