@@ -942,8 +942,8 @@ def elu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """ELU as max(x, exp(min(x, 0)) - 1).
 
     torch's own goes through an expm1 that on some hosts is slow for minutes at a time: encoding
-    then takes up to 2 to 3 times as long (else 1.05 times). NumPy's is Intel's SVML on Linux, with
-    AVX-512 alone: there it is 1.05 to 1.07 times as fast as by torch's exp (Zen 4).
+    then takes up to 2 to 3 times as long (else 1.05 times). NumPy's is Intel's SVML where there are
+    Linux and AVX-512: encoding is 1.05 to 1.07 times as fast as by torch's exp (Zen 4).
     """
     out = torch.clamp(x, max=0, out=out)
     if has_avx512() and sys.platform == "linux":
@@ -1404,7 +1404,7 @@ class Output:
             maker = (self.record() or {}).get("owner", "another process")
             hint = "wait for it, or choose another --output_dir"
             raise UserError(f"{self.csv} is being made by {maker}: {hint}") from error
-        except (OSError, NotImplementedError) as error:  # the latter: Lustre mounted without flock
+        except (OSError, NotImplementedError) as error:  # older filelock's, where flock is missing
             raise UserError(f"--output_dir {self.lock.parent} cannot be used: {error}") from error
         try:
             record = self.record()
@@ -2024,7 +2024,7 @@ def main(argv: list[str] | None = None) -> int:
     dataset or weights not found, output that would be replaced. 130, 143: interrupted.
     """
     settings = parse_settings(argv)
-    # Its own is a semaphore, of which macOS and Python 3.14 say that it was left over.
+    # tqdm's own is a semaphore, of which macOS and Python 3.14 say that it was left over.
     tqdm.set_lock(threading.RLock())
     for name in ("stdout", "stderr"):  # None where they were closed
         stream = getattr(sys, name) or open(os.devnull, "w")
@@ -2058,12 +2058,19 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-if __name__ == "__main__":
-    exit_status = main()
-    if "IPython" in sys.modules:  # %run: the notebook goes on
-        sys.exit(exit_status)
-    # No tidying up: it takes PyTorch most of a second, and threads may be encoding for longer.
+def leave(status: int) -> None:
+    """End the process at once, with all that was printed.
+
+    To tidy up takes PyTorch most of a second, and threads may be encoding for longer. With %run the
+    process is a notebook's, which goes on.
+    """
+    if "IPython" in sys.modules:
+        sys.exit(status)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
-    os._exit(exit_status)
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -19,7 +19,6 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -328,7 +327,7 @@ def fail_to_sync_folders(number: int) -> None:
 
 
 def no_flock() -> None:
-    """As on Lustre mounted without it, with a filelock that has no other lock to offer."""
+    """As where the file system has none, and filelock, an older one, no other lock to offer."""
 
     def acquire(*_, **__):
         raise NotImplementedError("FileSystem does not appear to support flock")
@@ -366,17 +365,10 @@ def child(argv: list[str], before: list[Callable], slow_s: float, rank: tuple, l
     for function in before:
         function()
     try:
-        leave(script.main(argv))
+        status = script.main(argv)
     except SystemExit as stop:
-        leave(stop.code)
-
-
-def leave(status: int) -> None:
-    """End as the script does."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
-    os._exit(status)
+        status = stop.code
+    script.leave(status)
 
 
 def start(argv, log: Path, before=(), slow_s=0.0, rank=()) -> CONTEXT.Process:
@@ -432,7 +424,7 @@ def main() -> None:
     Codes.slow_s = float(os.environ.get("SLOW_S", 0))
     attempt, rank = (os.environ.get(key) for key in ("TORCHELASTIC_RESTART_COUNT", "RANK"))
     print(f"attempt {attempt}, rank {rank}", file=sys.stderr, flush=True)
-    leave(script.main())
+    script.leave(script.main())
 
 
 if __name__ == "__main__":

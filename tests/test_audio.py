@@ -171,8 +171,12 @@ def test_a_fault_of_the_machine_within_libsndfile_is_no_clips(code, fault, tmp_p
     assert error.value.errno == fault and error.value.filename == str(tmp_path / "a.wav")
 
 
-def test_torchaudio_reads_what_soundfile_does_not(tmp_path, monkeypatch):
-    (tmp_path / "a.m4a").write_bytes(b"\0no audio for soundfile" * 50)
+@pytest.mark.parametrize("what", ["a form", "an encoding"])
+def test_torchaudio_reads_what_soundfile_does_not_know(what, tmp_path, monkeypatch):
+    data = b"\0no audio for soundfile" * 50
+    if what == "an encoding":
+        data = encoded(np.zeros(9_000), 8_000, "CAF", "PCM_16").replace(b"lpcm", b"aac ", 1)
+    (tmp_path / "a.m4a").write_bytes(data)
     decoded = torch.stack([torch.ones(8_000), torch.zeros(8_000)])
     monkeypatch.setattr("torchaudio.load", lambda path: (decoded, 16_000))
     samples, rate = read_audio(tmp_path / "a.m4a", 1, 0.5)
