@@ -2,8 +2,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch>=2.6,<2.12", "torchaudio>=2.6,<2.12", "encodec>=0.1.1", "numpy", "pandas", "tqdm",
-#     "soundfile", "filelock",
+#     "torch>=2.11,<2.15", "torchaudio>=2.11,<2.12", "encodec>=0.1.1", "numpy", "pandas", "tqdm",
+#     "soundfile",
 # ]
 # ///
 """Turn the clips of FSDKaggle2019 into discrete tokens with EnCodec, one CSV row per clip.
@@ -11,14 +11,15 @@
     python encodec_tokenizer.py --dataset sample                       # bundled clips, no dataset
     python encodec_tokenizer.py --dataset curated --max_samples 100    # a quick trial
     python encodec_tokenizer.py --dataset both --model encodec_48khz
+    python encodec_tokenizer.py --dataset curated --whole --parquet    # one sequence per clip
     torchrun --nproc_per_node=4 encodec_tokenizer.py --dataset noisy   # one process per GPU
 
-The file reads in the order the data flows: command line -> dataset -> clips -> chunks -> weights ->
-codes -> rows -> files. One idea holds it together, the **block** of 64 consecutive clips. Batches
-are packed inside a block and never across one, so what is encoded together depends on the dataset
-and the settings alone; a block's rows reach the disk in one rename; a rerun skips the blocks that
-are there; with torchrun, rank r of w takes the blocks r, r + w, ... The final CSV is the blocks in
-order, byte for byte the same however often the run was cut or shared out.
+The file reads in the order that the data flows: command line -> dataset -> names -> clips ->
+chunks -> weights -> codes -> blocks -> outputs. One idea holds it together: a **block** holds the
+codes of 16 consecutive clips, and its file is named by a hash of everything that decides its bytes.
+So a block that exists is right, whoever wrote it. A run makes the blocks that are missing; several
+processes share them through the file system alone. CSV, summary, JSON, Parquet and picture are
+views: they are written from the blocks and the dataset's CSV, and never from one another.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import sys
 import textwrap
 import threading
@@ -44,49 +46,44 @@ import traceback
 import uuid
 import warnings
 import zipfile
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from datetime import timedelta
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from importlib.metadata import distributions, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from importlib.util import find_spec
-from itertools import chain, islice, zip_longest
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.colors import ListedColormap
 
-__version__ = "1.1.0"  # raised where the rows may be others
+__version__ = "2.0.0"  # part of every block's name: raise it when codes or columns change
 
 # ---------------------------------------------------------------------------------------- constants
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What is known of an EnCodec model before it is built (encodec/model.py)."""
+    """Facts about an EnCodec model that are needed before it is built (encodec/model.py)."""
 
     sample_rate: int  # Hz
     channels: int
     bandwidths_kbps: tuple[float, ...]
     checkpoint: str  # Meta's file; its name ends in the first 8 hex digits of its SHA-256
-    repository: str  # the same weights on Hugging Face
 
 
 MODELS = {
-    "encodec_24khz": ModelSpec(
-        24_000, 1, (1.5, 3, 6, 12, 24), "encodec_24khz-d7cc33bc.th", "facebook/encodec_24khz"
-    ),
-    "encodec_48khz": ModelSpec(
-        48_000, 2, (3, 6, 12, 24), "encodec_48khz-7e698e3e.th", "facebook/encodec_48khz"
-    ),
+    "encodec_24khz": ModelSpec(24_000, 1, (1.5, 3, 6, 12, 24), "encodec_24khz-d7cc33bc.th"),
+    "encodec_48khz": ModelSpec(48_000, 2, (3, 6, 12, 24), "encodec_48khz-7e698e3e.th"),
 }
-STEMS = {  # a dataset's name on the command line -> those of its output files
+STEMS = {  # the value of --dataset -> the stems of the output files
     "curated": ["train_curated"],
     "noisy": ["train_noisy"],
     "both": ["train_curated", "train_noisy"],
@@ -96,41 +93,48 @@ STEMS = {  # a dataset's name on the command line -> those of its output files
 SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "sample"
 NAME_COLUMNS = ("fname", "filename")
 LABEL_COLUMNS = ("labels", "label", "category")
-COLUMNS = ["fname", "labels", "num_tokens", "token_shape", "num_chunks", "duration_sec"]
-AGGREGATES = ["mean", "latent", "medoid", "none"]
-CHECKPOINT = "a file, a folder of transformers', or a repository on Hugging Face"
+AGGREGATES = ("mean", "latent", "medoid", "none")
 EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3")  # tried for names without one
-BLOCK_CLIPS = 64
+BLOCK_CLIPS = 16
 NUM_CODES = 1024  # entries of a codebook
-FORMULA = ("=", "+", "-", "@")  # how a cell begins that a spreadsheet program would run
 UNTRAINED = "untrained (seed 0)"
+PACKAGES = ("torch", "torchaudio", "encodec", "soundfile", "numpy", "torchcodec")
+WINDOW_FLAGS = ("target_duration", "overlap", "aggregate")  # without a meaning for whole clips
 
-# What torchrun tells its processes; without it, this is the only one.
+# torchrun sets these for its processes. Without it, this process is the only one.
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
+# cuDNN's LSTM is deterministic only with this setting (PyTorch's page on torch.nn.LSTM), which has
+# to be there before CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+
 
 class UserError(Exception):
-    """Something that the user has to change first: printed as it is, exit status 2."""
+    """The user has to change something first: the message is printed as it is, exit status 2."""
+
+
+class RunError(Exception):
+    """The run cannot go on: the message is printed as it is, exit status 1."""
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM; its argument is the exit status, 128 + the signal's number."""
+    """SIGINT or SIGTERM arrived. The argument is the exit status: 128 + the signal's number."""
 
 
 # ------------------------------------------------------------------------------------- command line
 
 
-def flag(default: object, help: str, decides: bool = False, **options: object) -> object:
-    """A field of Settings: its default, and what argparse wants to know of it.
+def option(default: object, help: str, decides: bool = False, **options: object) -> object:
+    """Declare a field of Settings: its default and its options for argparse.
 
-    `decides` marks what the rows depend on: runs share blocks only where they agree in it.
+    `decides` marks the settings that decide the codes. They are part of every block's name.
     """
     return field(default=default, metadata={"decides": decides, "help": help, **options})
 
 
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from `low` to `high`, both included."""
+    """Make an argparse type: a number from `low` to `high`, both included."""
 
     def parse(text: str) -> float:
         if not low <= kind(text) <= high:
@@ -148,33 +152,55 @@ COUNT, SECONDS = number(int, 1, 10**9), number(float, 0.1, 60)
 class Settings:
     """The command line, checked: every field is a flag of the same name."""
 
-    dataset: str = flag("curated", "which clips; sample: a dozen that come along", choices=STEMS)
-    metadata: Path | None = flag(None, "instead: any CSV of file names (and labels)", type=Path)
-    audio_dir: Path | None = flag(None, "where the files of --metadata lie", type=Path)
-    input_dir: Path = flag(Path("input"), "the dataset, in Kaggle's or Zenodo's layout", type=Path)
-    output_dir: Path = flag(Path("work/tokenized"), "where the CSV and its summary go", type=Path)
-    model: str = flag("encodec_24khz", "24 kHz mono or 48 kHz stereo", True, choices=MODELS)
-    bandwidth: float = flag(6.0, "kbps: 1.5 (24 kHz only), 3, 6, 12, 24", True, type=float)
-    target_duration: float = flag(2.0, "seconds in a chunk, 0.1 to 60", True, type=SECONDS)
-    overlap: float = flag(0.1, "fraction shared, 0 to 0.9", True, type=number(float, 0, 0.9))
-    aggregate: str = flag("mean", "how a clip's chunks become a row", True, choices=AGGREGATES)
-    weights: str = flag("pretrained", "or untrained (a rehearsal), or a checkpoint: " + CHECKPOINT)
-    device: str = flag("auto", "auto (CUDA if there is one), cpu, cuda, cuda:N")
-    batch_size: int = flag(
-        None, "chunks a batch (default: 8 s of audio; CUDA: 512 s)", True, type=COUNT
+    dataset: str = option(
+        "curated", "select the clips; sample: a dozen bundled ones", choices=STEMS
     )
-    workers: int = flag(None, "threads that read clips ahead (default: 2; CUDA: 8)", type=COUNT)
-    max_duration: float = flag(
-        600.0, "seconds; longer clips fail", True, type=number(float, 0.1, 1e6)
+    metadata: Path | None = option(
+        None, "read any CSV of file names (and labels) instead", type=Path
     )
-    max_samples: int | None = flag(None, "only the first N rows (default: all)", type=COUNT)
-    plot: str | None = flag(
-        None, "also a picture (matplotlib)", nargs="?", const="", metavar="FILE"
+    audio_dir: Path | None = option(
+        None, "name the folder of --metadata's files; alone: take every audio file in it", type=Path
     )
-    listen: int = flag(0, "also WAVs of what N rows keep", type=number(int, 0, 10**9))
-    parquet: bool = flag(False, "also a Parquet file, tokens as one list column (pyarrow)")
-    overwrite: bool = flag(False, "replace output made with other settings, or make it anew")
-    debug: bool = flag(False, "print every clip, and tracebacks")
+    input_dir: Path = option(
+        Path("input"), "name the dataset's folder (Kaggle's or Zenodo's layout)", type=Path
+    )
+    output_dir: Path = option(
+        Path("work/tokenized"), "name the folder for the CSV and its summary", type=Path
+    )
+    model: str = option(
+        "encodec_24khz", "choose 24 kHz mono or 48 kHz stereo", True, choices=MODELS
+    )
+    bandwidth: float = option(6.0, "set kbps: 1.5 (24 kHz only), 3, 6, 12, 24", True, type=float)
+    target_duration: float = option(
+        2.0, "set the seconds of a chunk, 0.1 to 60", decides=True, type=SECONDS
+    )
+    overlap: float = option(
+        0.1, "set the shared fraction of a chunk, 0 to 0.9", True, type=number(float, 0, 0.9)
+    )
+    whole: bool = option(False, "encode each clip in one piece, at its own length", decides=True)
+    aggregate: str = option(
+        "mean", "choose how a clip's chunks become a row", decides=True, choices=AGGREGATES
+    )
+    weights: str = option(
+        "pretrained", "name a checkpoint file or a transformers folder; untrained: for rehearsals"
+    )
+    device: str = option("auto", "choose auto (CUDA if there is one), cpu, cuda or cuda:N")
+    batch_size: int | None = option(
+        None, "set the chunks of a batch (default: 8 s of audio; CUDA: 512 s)", True, type=COUNT
+    )
+    workers: int | None = option(
+        None, "set the threads that read clips ahead (default: 2; CUDA: 8)", type=COUNT
+    )
+    max_duration: float = option(
+        600.0, "let clips of more seconds fail", decides=True, type=number(float, 0.1, 1e6)
+    )
+    max_samples: int | None = option(None, "take only the first N rows (default: all)", type=COUNT)
+    plot: str | None = option(
+        None, "draw a picture too (matplotlib)", nargs="?", const="", metavar="FILE"
+    )
+    parquet: bool = option(False, "write Parquet too, tokens as one list column (pyarrow)")
+    overwrite: bool = option(False, "replace a CSV that other settings or files have made")
+    debug: bool = option(False, "print every clip, and tracebacks")
 
     @property
     def chunk_samples(self) -> int:
@@ -187,7 +213,7 @@ class Settings:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        """One sentence, status 2; argparse would print twelve lines of usage first."""
+        """Print one sentence and exit with status 2; argparse would print the usage first."""
         self.exit(2, f"error: {message}\n--help shows every flag.\n")
 
 
@@ -198,49 +224,63 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # Settings holds the defaults
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    for flag in fields(Settings):
-        options = {key: value for key, value in flag.metadata.items() if key != "decides"}
+    for setting in fields(Settings):
+        options = {key: value for key, value in setting.metadata.items() if key != "decides"}
         if "type" in options:
             options["metavar"] = options["type"].__name__.upper()
-        if flag.default is False:
+        if setting.default is False:
             options["action"] = "store_true"
-        elif flag.default is not None:
-            options["help"] += " (default: %(default)s)"
-        parser.add_argument(f"--{flag.name}", default=flag.default, **options)
-    settings = Settings(**vars(parser.parse_args(argv)))
-
-    bandwidths = MODELS[settings.model].bandwidths_kbps
-    if settings.bandwidth not in bandwidths:
-        offered = ", ".join(f"{kbps:g}" for kbps in bandwidths)
-        parser.error(f"argument --bandwidth: {settings.model} offers {offered} kbps")
-    if bool(settings.metadata) != bool(settings.audio_dir):
-        parser.error("arguments --metadata and --audio_dir go together")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.device):
-        parser.error("argument --device: choose from auto, cpu, cuda, cuda:N")
-    made_by = {"plot": "matplotlib pandas", "parquet": "pyarrow pandas", "listen": "pandas"}
-    for name, packages in made_by.items():
-        missing = [package for package in packages.split() if not find_spec(package)]
-        if getattr(settings, name) not in (None, False, 0) and missing:
-            parser.error(f"argument --{name} needs  pip install {' '.join(missing)}")
+        elif setting.default is not None:
+            options["help"] += f" (default: {setting.default})"
+        parser.add_argument(f"--{setting.name}", **options)
+    given = vars(parser.parse_args(argv))
+    settings = Settings(**given)
+    if mistake := find_mistake(settings, given):
+        parser.error(mistake)
     return settings
 
 
-def say(message: str, rank: int = 0) -> None:
-    """Print to stderr around the progress bar, if it can be; of several processes, one speaks."""
-    if rank == RANK:
-        with suppress(OSError):
-            tqdm.write(message, file=sys.stderr)
+def find_mistake(settings: Settings, given: dict[str, object]) -> str | None:
+    """Say which flags do not go together; `given` holds the flags of the command line."""
+    bandwidths = MODELS[settings.model].bandwidths_kbps
+    if settings.bandwidth not in bandwidths:
+        offered = ", ".join(f"{kbps:g}" for kbps in bandwidths)
+        return f"argument --bandwidth: {settings.model} offers {offered} kbps"
+    if settings.metadata and settings.metadata.is_dir():
+        return (
+            f"argument --metadata: {settings.metadata} is a folder. Name a CSV, or tokenize every "
+            f"audio file of the folder with  --audio_dir {settings.metadata}"
+        )
+    if settings.metadata and not settings.audio_dir:
+        return "argument --metadata needs --audio_dir, the folder of its files"
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.device):
+        return "argument --device: choose from auto, cpu, cuda, cuda:N"
+    for name in WINDOW_FLAGS:
+        if settings.whole and name in given:
+            return f"argument --{name} has no meaning with --whole, which does not cut clips"
+    for name, package in {"plot": "matplotlib", "parquet": "pyarrow"}.items():
+        if name in given and not find_spec(package):
+            return f"argument --{name} needs  pip install {package}"
+    return None
+
+
+def end_at_once(number: int, _: object) -> None:
+    """Handle a signal while Python still imports."""
+    os.write(2, b"interrupted before the run began\n")
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":
-    parse_settings()  # help and mistakes are answered before the imports below, which take seconds
+    signal.signal(signal.SIGINT, end_at_once)
+    SETTINGS = parse_settings()  # help and mistakes need no PyTorch, whose import takes seconds
     if RANK == 0 and sys.stderr and sys.stderr.isatty():
         print("loading PyTorch ...", file=sys.stderr, flush=True)
 
 try:
-    import filelock
     import numpy as np
     import soundfile as sf
     import torch
@@ -254,18 +294,23 @@ try:
     from tqdm import tqdm
 except (ImportError, OSError, RuntimeError) as error:
     # torchaudio refuses to load beside a torch it was not built for, with any of these three.
-    names = ("torch", "torchaudio", "encodec")
-    found = {d.name: d.version for d in distributions() if d.name in names}
+    found = {d.name: d.version for d in distributions() if d.name in PACKAGES[:3]}
     sys.exit(
         f"error: the packages that this script needs do not load: {error}\n"
-        f"Python: {sys.executable}. Installed: {found}. What goes together:\n"
+        f"Python: {sys.executable}. Installed: {found}. These go together:\n"
         '  pip install "torch>=2.6,<2.12" "torchaudio>=2.6,<2.12" "encodec>=0.1.1" numpy pandas '
-        "tqdm soundfile filelock"
+        "tqdm soundfile"
     )
 
 
+def say(message: str) -> None:
+    """Print to stderr without tearing the progress bar; a closed stderr is no error."""
+    with suppress(OSError):
+        tqdm.write(message, file=sys.stderr)
+
+
 def available_cores() -> int:
-    """The cores that this process may use: of its affinity and its container's share of time."""
+    """Count the cores that this process may use: its affinity and its container's quota."""
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     cores = len(affinity(0))
     try:  # cgroup v2: microseconds of CPU time in a period, or "max"
@@ -275,18 +320,18 @@ def available_cores() -> int:
         return cores
 
 
-# Threads that encode on a CPU. torchrun sets OMP_NUM_THREADS to 1 where the user has not, so there
-# it is an equal share of the node.
+# Threads that encode on a CPU. torchrun sets OMP_NUM_THREADS to 1 where the user has not; there,
+# each process takes an equal share of the node.
 THREADS = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or available_cores())
 if WORLD_SIZE > 1:
     THREADS = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def resolve_device(settings: Settings) -> Settings:
-    """The settings with their device, "cpu" or "cuda:N", and what depends on it.
+    """Replace the device by "cpu" or "cuda:N", and fill in the defaults that depend on it.
 
-    `auto` tries a small convolution first: PyTorch sees GPUs that it has no kernels for.
-    Raises UserError: no such GPU, or one that cannot be used.
+    `auto` tries a small convolution first, because PyTorch sees GPUs that it has no kernels for.
+    Raises UserError: there is no such GPU, or it cannot be used.
     """
     device = settings.device
     if device in ("auto", "cuda"):
@@ -298,71 +343,108 @@ def resolve_device(settings: Settings) -> Settings:
             reason = str(error).splitlines()[0]
             if settings.device != "auto":
                 raise UserError(f"--device {settings.device} cannot be used: {reason}") from error
-            say(f"note: going on without the GPU, which this PyTorch cannot use: {reason}")
+            say(f"note: this PyTorch cannot use the GPU, so the CPU does the work: {reason}")
             device = "cpu"
     on_cpu = device == "cpu"
-    # Counted in seconds of audio, so that long chunks take no more memory than short ones. Of 8 s:
-    # see FastEncoder. One thread reads and resamples faster than ten cores encode.
-    batch_size = settings.batch_size or round((8 if on_cpu else 512) / settings.target_duration)
-    workers = settings.workers or (2 if on_cpu else 8)
-    return replace(settings, device=device, batch_size=max(1, batch_size), workers=workers)
+    batch_size = settings.batch_size or default_batch_size(settings, on_cpu)
+    workers = settings.workers or (2 if on_cpu else 8)  # reading outruns encoding with few threads
+    return replace(settings, device=device, batch_size=batch_size, workers=workers)
+
+
+def default_batch_size(settings: Settings, on_cpu: bool) -> int:
+    """Count in seconds of audio, so that long chunks take no more memory than short ones."""
+    batch_s = 8 if on_cpu else 512  # CPU: see CpuEncoder
+    if not settings.whole:
+        return max(1, round(batch_s / settings.target_duration))
+    if settings.model == "encodec_48khz":  # a batch of the model's own segments of 1 s
+        return batch_s // 2
+    return 1 if on_cpu else BLOCK_CLIPS  # on CUDA, clips of exactly one length share a batch
 
 
 # ------------------------------------------------------------------------------------------ dataset
 
 
-@dataclass(eq=False)
-class Record:
-    """What is kept of a clip beside its rows."""
+@dataclass(eq=False, slots=True)
+class Clip:
+    """One row of the dataset on its way to rows of the output."""
 
     fname: str
-    file: str | None = None  # its fingerprint; None where it cannot be read
+    labels: str = ""
+    extra: tuple[str, ...] = ()  # cells of --metadata's further columns
+    path: Path | None = None  # its file; None for an unusable name
+    stamp: str = ""  # the file's size and time, or the reason why there is none (see read_stamp)
+    is_gone: bool = False  # the JSON knows its file, which is there no longer
+    ends_block: bool = False  # no batch reaches beyond this clip
+    rate: int = 0  # Hz, of the file
+    chunks: list[torch.Tensor] = field(default_factory=list)  # [C, T] each, until encoded
+    codes: np.ndarray | None = None  # [N, K, F] of its N chunks, until the block is written
+    latents: list[torch.Tensor] = field(default_factory=list)  # N of [D, F], where wanted
+    rows: np.ndarray | None = None  # [R, K, F]: the codes of its rows
+    # The rest is kept in its block, by the names in KEPT_FACTS.
     error: str = ""  # why it cannot be tokenized
     duration_s: float = 0.0  # of the file, before padding or resampling
-    num_chunks: int = 0
+    starts: list[int] = field(default_factory=list)  # of its chunks, samples at the model's rate
     silent: bool = False  # all samples are zero
     load_s: float = 0.0  # seconds to read and resample it
     encode_s: float = 0.0  # seconds of its batches, its share
+    shape: tuple[int, ...] = (0,)  # of `rows`
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.starts)
 
 
-@dataclass(eq=False)
-class Clip(Record):
-    """One row of the dataset on its way to one row of the output."""
-
-    labels: str = ""
-    extra: list[str] = field(default_factory=list)  # further columns of --metadata
-    index: int = 0  # in the dataset
-    rate: int = 0  # Hz, of the file
-    starts: list[int] = field(default_factory=list)  # of its chunks, in samples at the model's rate
-    chunks: list[torch.Tensor] = field(default_factory=list)  # [C, T] each, until they are encoded
-    codes: np.ndarray | None = None  # [N, K, F], until its block is written
-    latents: list[torch.Tensor] = field(default_factory=list)  # N of [D, F], where wanted
+KEPT_FACTS = ("error", "duration_s", "starts", "silent", "load_s", "encode_s", "shape")
 
 
 @dataclass(frozen=True)
 class Dataset:
-    stem: str  # names the output files
-    csv_path: Path
+    stem: str  # the middle of the output files' names
     audio_dir: Path
-    columns: list[str]  # names of the clips' extra cells
+    columns: tuple[str, ...]  # names of the clips' extra cells
     clips: list[Clip]  # in the CSV's order
 
     @cached_property
-    def blocks(self) -> list[list[Clip]]:
-        return [self.clips[i : i + BLOCK_CLIPS] for i in range(0, len(self.clips), BLOCK_CLIPS)]
+    def files_below(self) -> dict[str, list[str]]:
+        """The files in subfolders of the audio folder: bare name -> paths relative to it."""
+        found = defaultdict(list)
+        for folder, _, names in os.walk(self.audio_dir):
+            below = os.path.relpath(folder, self.audio_dir)
+            for name in names:
+                if below != ".":
+                    found[name].append(f"{below}/{name}")
+        return found
 
 
 def find_datasets(settings: Settings) -> list[Dataset]:
-    """The datasets that the command names. Raises UserError: see find_dataset, read_clips."""
-    if not settings.metadata and settings.dataset != "sample":
-        return [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
-    csv_path = settings.metadata or SAMPLE_DIR / "sample.csv"
-    audio_dir = settings.audio_dir or SAMPLE_DIR
-    if not audio_dir.is_dir():
-        named = "--audio_dir" if settings.audio_dir else "the sample comes with the repository, in"
-        raise UserError(f"{named} {audio_dir}: no such folder")
-    clips = read_clips(csv_path, settings.max_samples, keep_extra=bool(settings.metadata))
-    return [Dataset(csv_path.stem, csv_path, audio_dir, *clips)]
+    """Find the datasets that the command names. Raises UserError: see find_dataset, read_clips."""
+    if settings.metadata:
+        clips = read_clips(settings.metadata, settings, keep_extra=True)
+        return [Dataset(settings.metadata.stem, settings.audio_dir, *clips)]
+    if settings.audio_dir:
+        return [list_folder(settings.audio_dir, settings.max_samples)]
+    if settings.dataset == "sample":
+        if not SAMPLE_DIR.is_dir():
+            raise UserError(
+                f"the sample comes with the repository, in {SAMPLE_DIR}: no such folder"
+            )
+        return [Dataset("sample", SAMPLE_DIR, *read_clips(SAMPLE_DIR / "sample.csv", settings))]
+    return [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
+
+
+def list_folder(folder: Path, max_samples: int | None) -> Dataset:
+    """Take every audio file below a folder, sorted by path, labelled by the folder it lies in.
+
+    Raises UserError: there is no such folder, or no audio file in it.
+    """
+    known = {f".{name.lower()}" for name in sf.available_formats()} | {*EXTENSIONS, ".aif", ".m4a"}
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file())
+    if not paths:
+        state = "no audio file lies below it" if folder.is_dir() else "no such folder"
+        raise UserError(f"--audio_dir {folder}: {state}")
+    names = [path.relative_to(folder) for path in paths]
+    clips = [Clip(name.as_posix(), labels=name.parent.name) for name in islice(names, max_samples)]
+    return Dataset(folder.resolve().name, folder, (), clips)
 
 
 def find_dataset(settings: Settings, stem: str) -> Dataset:
@@ -370,9 +452,10 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
 
     Kaggle names them train_curated.csv and train_curated/ (trn_curated/ in some copies), Zenodo
     (record 3612637) FSDKaggle2019.meta/train_curated_post_competition.csv and
-    FSDKaggle2019.audio_train_curated/. Kaggle lists its test clips in sample_submission.csv.
+    FSDKaggle2019.audio_train_curated/. Kaggle lists its test clips in sample_submission.csv. A
+    folder that is gone is no error yet: the rows of a finished CSV do not need it.
 
-    Raises UserError: no CSV or no folder, or a CSV that does not list clips.
+    Raises UserError: there is no CSV, or it does not list clips.
     """
 
     def find(names: Iterable[str], wanted: Callable[[Path], bool]) -> list[Path]:
@@ -382,23 +465,30 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
         ]
 
     kaggle_csv = "sample_submission.csv" if stem == "test" else f"{stem}.csv"
-    kaggle_folders = dict.fromkeys([stem, stem.replace("train_", "trn_")])
     layouts = {
-        kaggle_csv: kaggle_folders,
+        kaggle_csv: list(dict.fromkeys([stem, stem.replace("train_", "trn_")])),
         f"{stem}_post_competition.csv": [f"FSDKaggle2019.audio_{stem}"],
     }
-    for csv_name, folder_names in layouts.items():
-        csv_paths, folders = find([csv_name], Path.is_file), find(folder_names, Path.is_dir)
-        if csv_paths and folders:
-            columns, clips = read_clips(csv_paths[0], settings.max_samples)
-            # Some copies nest a folder in one of the same name: take the one with the clips.
-            names = [clip.fname for clip in clips[:100]]
-            holds = [sum(os.path.exists(folder / name) for name in names) for folder in folders]
-            return Dataset(stem, csv_paths[0], folders[int(np.argmax(holds))], columns, clips)
+    found = [
+        (path, find(folders, Path.is_dir), folders[0])
+        for csv_name, folders in layouts.items()
+        for path in find([csv_name], Path.is_file)[:1]
+    ]
+    if not found:
+        raise UserError(dataset_is_missing(settings, stem, layouts))
+    csv_path, folders, name = next((one for one in found if one[1]), found[0])
+    columns, clips = read_clips(csv_path, settings)
+    # Some copies nest a folder in one of the same name: take the one with the clips.
+    folders = folders or [csv_path.parent / name]
+    holds = [sum((folder / clip.fname).exists() for clip in clips[:100]) for folder in folders]
+    return Dataset(stem, folders[holds.index(max(holds))], columns, clips)
+
+
+def dataset_is_missing(settings: Settings, stem: str, layouts: dict[str, list[str]]) -> str:
     looked = "\n".join(
         f"  {name} and {'/ or '.join(folders)}/" for name, folders in layouts.items()
     )
-    raise UserError(
+    return (
         f"no {stem} dataset. Looked in {settings.input_dir.resolve()}, and two folders deep, for\n"
         f"{looked}\n"
         "Get FSDKaggle2019 from https://zenodo.org/record/3612637 or from the Kaggle competition\n"
@@ -407,35 +497,51 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
     )
 
 
-def read_clips(
-    csv_path: Path, max_samples: int | None, keep_extra: bool = False
-) -> tuple[list[str], list[Clip]]:
-    """The names of a CSV's further columns where they are kept, and the clips that it lists.
-
-    Repeated rows count once. Raises UserError: no table in UTF-8, or none that names clips.
-    """
-    what = f"{csv_path} is not a comma-separated table in UTF-8"
+def read_table(csv_path: Path) -> tuple[list[str], list[list[str]]]:
+    """Read a CSV's header and rows. Raises UserError: it is no table in UTF-8, or it is empty."""
+    problem = f"{csv_path} is not a comma-separated table in UTF-8"
     try:
         with csv_path.open(newline="", encoding="utf-8-sig") as file:
-            header, *rows = filter(None, csv.reader(file, skipinitialspace=True, strict=True))
+            lines = [line for line in csv.reader(file, skipinitialspace=True, strict=True)]
     except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{what}: {error}") from error
-    header = [name.strip() for name in header]
+        raise UserError(f"{problem}: {error}") from error
+    lines = [cells for line in lines if any(cells := [cell.strip() for cell in line])]
+    if not lines:
+        raise UserError(f"{problem}: it is empty")
+    header, *rows = lines
     if wide := next((row for row in rows if len(row) > len(header)), None):
         counts = f"{len(header)} columns in its header, {len(wide)} in the row of {wide[0]}"
-        raise UserError(f"{what}: {counts} (a comma in a label needs quotes)")
-    names = [column for column in NAME_COLUMNS if column in header]
-    labels = [column for column in LABEL_COLUMNS if column in header]
+        raise UserError(f"{problem}: {counts} (a comma in a label needs quotes)")
+    return header, rows
+
+
+def read_clips(
+    csv_path: Path, settings: Settings, keep_extra: bool = False
+) -> tuple[tuple[str, ...], list[Clip]]:
+    """Read the names of a CSV's further columns, where they are kept, and the clips it lists.
+
+    Repeated rows count once. Raises UserError: the CSV is no table in UTF-8, or lists no clips.
+    """
+    header, rows = read_table(csv_path)
+    column = {name.lower(): name for name in reversed(header)}  # a capital is forgiven
+    names = [column[name] for name in NAME_COLUMNS if name in column]
+    labels = [column[name] for name in LABEL_COLUMNS if name in column]
     if not names:
         there = ", ".join(map(repr, header[:5]))
-        hint = "; it seems to use semicolons, commas are needed" if ";" in there else ""
+        marks = [mark for mark in (";", "\t") if mark in there or mark in header[0]]
+        hint = "; its columns have to be separated by commas" if marks else ""
         raise UserError(f"{csv_path} has no column {' or '.join(NAME_COLUMNS)}, only {there}{hint}")
     if not rows:
         raise UserError(f"{csv_path} lists no clips: nothing follows its header")
     extra = [name for name in header if keep_extra and name not in (names[0], *labels[:1])]
     wanted = [names[0], *(labels[:1] or [""]), *extra]
-    ours = "|".join([*COLUMNS[2:], "chunk", "start_sec", "tokens", r"token_\d+"])
-    taken = {name for name in wanted if re.fullmatch(ours, name) or header.count(name) > 1}
+    ours = {*row_cells(Clip(""), 0, replace(settings, aggregate="none"), ()), "tokens"}
+    ours -= {names[0], *labels[:1]}
+    taken = [
+        name
+        for name in dict.fromkeys(wanted)
+        if name in ours or header.count(name) > 1 or re.fullmatch(r"token_\d+", name)
+    ]
     if taken:
         raise UserError(f"{csv_path}: rename {', '.join(taken)}: there would be two of a name")
     cells = (dict(zip(header, row)) for row in rows)
@@ -443,98 +549,274 @@ def read_clips(
     if repeated := [row[0] for row, count in listed.items() if count > 1]:
         count = len(rows) - len(listed)
         say(f"note: {csv_path} repeats {count} rows, used once ({repeated[0]}, ...)")
-    numbered = enumerate(islice(listed, max_samples))
-    return extra, [Clip(n, labels=label, extra=rest, index=i) for i, (n, label, *rest) in numbered]
+    rows = islice(listed, settings.max_samples)
+    return tuple(extra), [Clip(name, labels, tuple(rest)) for name, labels, *rest in rows]
+
+
+# -------------------------------------------------------------------------------------------- names
+
+# The system reports these errors about a file that is itself at fault. All others (no memory, too
+# many open files, an I/O error, a stale mount) are the machine's: they stop the run.
+CLIP_ERRNOS = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ,
+}  # fmt: skip
+NO_FILE = "no such file"
+
+
+def read_stamp(path: Path) -> str:
+    """A file's size and modification time in whole seconds, or the reason why it has no stamp.
+
+    tar and zip drop fractions of a second. Whether the file may be read belongs to the stamp,
+    because chmod changes neither size nor time. Raises OSError: the machine is at fault.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            return "not a plain file"
+        if not os.access(path, os.R_OK):
+            return f"cannot be opened: {os.strerror(errno.EACCES)}"
+        return f"{status.st_size} {int(status.st_mtime)}"
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return NO_FILE
+        if error.errno in CLIP_ERRNOS:
+            return f"cannot be opened: {error.strerror}"
+        raise
+
+
+def has_file(stamp: str) -> bool:
+    return stamp[:1].isdigit()
+
+
+def locate(dataset: Dataset, fname: str) -> tuple[Path | None, str]:
+    """Find a clip's file: its path and its stamp.
+
+    The name may lack the extension (FSD50K's do), and a bare name may lie in one subfolder.
+    """
+    if not fname:
+        return None, "the name is empty"
+    if fname[0] in "/\\" or re.match("[A-Za-z]:", fname) or ".." in re.split(r"[/\\]", fname):
+        return None, "the name leads outside the audio folder; not opened"
+    if "\0" in fname:
+        return None, "the name holds a NUL character"
+    for extension in ("", *EXTENSIONS):
+        path = dataset.audio_dir / (fname + extension)
+        if (stamp := read_stamp(path)) != NO_FILE:
+            return path, stamp
+    below = [name for e in ("", *EXTENSIONS) for name in dataset.files_below.get(fname + e, [])]
+    if len(below) > 1:
+        return None, f"lies in several folders: {', '.join(sorted(below))}"
+    path = dataset.audio_dir / (below or [fname])[0]
+    return path, read_stamp(path)
+
+
+def identity(settings: Settings, weights: str) -> dict:
+    """Everything beside the clips that decides the bytes of a block."""
+    ignored = WINDOW_FLAGS if settings.whole else ()
+    decide = [f.name for f in fields(Settings) if f.metadata["decides"] and f.name not in ignored]
+    return {
+        **{name: getattr(settings, name) for name in decide},
+        "weights": weights,
+        "device": processor(settings.device),
+        "versions": {"script": __version__, "libsndfile": sf.__libsndfile_version__, **versions()},
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that decide codes, where they are installed."""
+    found = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):  # TorchCodec is optional
+            found[package] = version(package)
+    return found
+
+
+def processor(device: str) -> str:
+    """The kind of processor: another kind rounds in another way."""
+    if device == "cpu":
+        return f"cpu, {torch.backends.cpu.get_cpu_capability()}"
+    return f"cuda, {torch.cuda.get_device_name(device)}"
+
+
+@dataclass(eq=False)
+class Block:
+    """Consecutive clips whose codes lie in one file."""
+
+    index: int
+    clips: list[Clip]
+    path: Path = Path()  # named by name_of
+
+    def name_of(self, identity: dict) -> str:
+        """The file's name: the index, and a hash of everything that decides the file's bytes."""
+        decides = json.dumps([identity, [[clip.fname, clip.stamp] for clip in self.clips]])
+        return f"{self.index:05d}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.npz"
+
+
+class Job:
+    """One dataset's blocks and output files under the run's settings."""
+
+    def __init__(self, settings: Settings, dataset: Dataset, weights: str) -> None:
+        self.settings, self.dataset = settings, dataset
+        self.identity = identity(settings, weights)
+        self.folder, stem = settings.output_dir, dataset.stem
+        self.csv = self.folder / f"tokenized_{stem}.csv"
+        self.json = self.folder / f"tokenized_{stem}.json"
+        self.summary = self.folder / f"summary_{stem}.txt"
+        self.failed = self.folder / f"failed_{stem}.csv"
+        self.parquet = self.folder / f"tokenized_{stem}.parquet"
+        self.picture = self.folder / f"summary_{stem}.png"
+        self.blocks_dir = self.folder / f"tokenized_{stem}.blocks"
+        clips = dataset.clips
+        self.blocks = [
+            Block(i // BLOCK_CLIPS, clips[i : i + BLOCK_CLIPS])
+            for i in range(0, len(clips), BLOCK_CLIPS)
+        ]
+        for block in self.blocks:
+            block.clips[-1].ends_block = True
+        self.name_blocks(self.read_record())
+
+    def read_record(self) -> dict | None:
+        """Read the JSON of the last finished run; None if there is none, or it is unusable."""
+        try:
+            record = json.loads(self.json.read_text(encoding="utf-8"))
+            record["clips"] = [(fname, stamp) for fname, stamp in record["clips"]]
+            record["blocks"] = [*map(str, record["blocks"])]
+            return record
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+            return None
+
+    def list_blocks(self) -> set[str]:
+        """The names in the folder of blocks, which may hold others than ours."""
+        try:
+            return set(os.listdir(self.blocks_dir))
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+
+    def name_blocks(self, record: dict | None) -> None:
+        """Stamp every clip and name every block.
+
+        A file that is gone counts as it was when the CSV was made, as long as its block is there or
+        the CSV needs none. So nobody needs the audio of a finished run.
+        """
+        known, there = {}, self.list_blocks()
+        if record:
+            known = dict(record["clips"])
+            if self.csv.exists() and not self.settings.overwrite:
+                there |= set(record["blocks"])
+
+        def name(block: Block) -> None:
+            now = []
+            for clip in block.clips:
+                clip.path, clip.stamp = locate(self.dataset, clip.fname)
+                now.append(clip.stamp)
+                clip.is_gone = not has_file(clip.stamp) and clip.fname in known
+                if clip.is_gone:
+                    clip.stamp = known[clip.fname]
+            block.path = self.blocks_dir / block.name_of(self.identity)
+            if block.path.name not in there:
+                for clip, stamp in zip(block.clips, now):
+                    clip.stamp = stamp
+                block.path = self.blocks_dir / block.name_of(self.identity)
+
+        with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at once
+            list(pool.map(name, self.blocks))
+
+    def table_sha256(self) -> str:
+        """The digest of all that the CSV takes from the dataset's own table."""
+        cells = [[clip.fname, clip.labels, *clip.extra] for clip in self.dataset.clips]
+        return hashlib.sha256(json.dumps([self.dataset.columns, cells]).encode()).hexdigest()
+
+    def is_finished(self) -> bool:
+        """The CSV and its summary are there, and a run would only write the same again."""
+        record, asked = self.read_record(), self.settings
+        if not record or asked.overwrite or asked.parquet or asked.plot is not None:
+            return False
+        names = [block.path.name for block in self.blocks]
+        up_to_date = record["blocks"] == names and record.get("table_sha256") == self.table_sha256()
+        return up_to_date and self.csv.exists() and self.summary.exists()
+
+    def refuse_to_lose_rows(self) -> None:
+        """Raises UserError: a CSV is there, and what is wanted would change or lose rows of it."""
+        clips = self.dataset.clips
+        if self.settings.overwrite or not self.csv.exists():
+            return
+        record = self.read_record()
+        if record is None:
+            differs = f"  {self.json.name} does not say what made it\n"
+        else:
+            differs = changes(record, self.identity)
+            known = dict(record["clips"])
+            dropped = Counter(name for name, _ in record["clips"])
+            dropped -= Counter(clip.fname for clip in clips)
+            if dropped:
+                total = f"--max_samples: {record.get('num_clips')} clips -> {len(clips)} clips"
+                differs += f"  {total}; rows would be lost: {some_of([*dropped])}\n"
+            other = [c.fname for c in clips if known.get(c.fname, c.stamp) != c.stamp]
+            if other:
+                differs += f"  files that have changed or gone since: {some_of(other)}\n"
+        if differs:
+            ways_on = "Choose another --output_dir, or replace the CSV with --overwrite."
+            if any(clip.is_gone for clip in clips):  # --overwrite would lose rows
+                ways_on = "Choose another --output_dir, or bring the clips' files back."
+            raise UserError(f"{self.csv} was made in another way:\n{differs}{ways_on}")
+
+    def missing_blocks(self) -> list[Block]:
+        """The blocks that have to be made.
+
+        Raises UserError: the audio folder is gone; one of them has a clip whose file is gone, and
+        its row would be lost; or the folder of the blocks cannot be used.
+        """
+        there = self.list_blocks()
+        missing = [block for block in self.blocks if block.path.name not in there]
+        audio_dir = self.dataset.audio_dir
+        if missing and not (audio_dir.is_dir() and any(os.scandir(audio_dir))):
+            raise UserError(f"the audio folder {audio_dir} is empty or gone; was it unmounted?")
+        lost = [c.fname for b in missing for c in b.clips if c.is_gone and has_file(c.stamp)]
+        if lost:
+            raise UserError(
+                f"the blocks of {len(lost)} clips have to be made again, and the clips' files are "
+                f"gone: {some_of(lost)}. Bring them back; {self.csv} stays as it is."
+            )
+        try:
+            self.blocks_dir.mkdir(parents=True, exist_ok=True)
+            reason = "" if os.access(self.blocks_dir, os.W_OK) else os.strerror(errno.EACCES)
+        except OSError as error:
+            reason = str(error)
+        if reason:
+            raise UserError(f"--output_dir {self.folder} cannot be used: {reason}")
+        if len(missing) == len(self.blocks) and any(name.endswith(".npz") for name in there):
+            say(
+                f"note: {self.blocks_dir} holds blocks, and none fits this run: other settings, "
+                "versions or files made them (copying may have changed the files' times)"
+            )
+        return missing
+
+
+def some_of(names: list[str]) -> str:
+    """Name the first three of a list, and the number of all."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def changes(found: dict, wanted: dict, indent: str = "  ") -> str:
+    """List what `wanted` has otherwise than `found`, a line each, flags by their names."""
+    lines = ""
+    for key, value in wanted.items():
+        old = found.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            lines += changes(old, dict.fromkeys(old) | value, f"{indent}{key}: ")
+        elif old != value:
+            dashes = "--" if key in Settings.__dataclass_fields__ else ""
+            lines += f"{indent}{dashes}{key}: {old} -> {value}\n"
+    return lines
 
 
 # -------------------------------------------------------------------------------------------- clips
 
 
 class BadClip(Exception):
-    """Why a clip cannot be tokenized, in words for failed_<stem>.csv."""
-
-
-# What the system says of a file that is at fault itself. All else (no memory, too many open files,
-# an I/O error, a stale mount) is the machine's: it ends the run, and no clip is blamed.
-CLIP_ERRNOS = {
-    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
-    errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ,
-}  # fmt: skip
-
-
-@contextmanager
-def clip_is_blamed() -> Iterator[None]:
-    """Turns an OSError into BadClip where the clip is at fault; the machine's pass through."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in CLIP_ERRNOS:
-            raise
-        raise BadClip(f"cannot be opened: {error.strerror}") from error
-
-
-def clip_path(audio_dir: Path, fname: str) -> Path:
-    """Where a clip lies; its name may lack the extension (FSD50K's do).
-
-    Raises BadClip: a name that leads out of the folder, or to no plain file. OSError: the machine's
-    faults, and an audio folder with nothing in it, as of a disk that was unmounted.
-    """
-    if not fname:
-        raise BadClip("the name is empty")
-    for name in (PurePosixPath(fname), PureWindowsPath(fname)):
-        if name.anchor or ".." in name.parts:
-            raise BadClip("the name leads outside the audio folder; not opened")
-    if "\0" in fname:
-        raise BadClip("the name holds a NUL character")
-    for extension in ("", *EXTENSIONS):
-        path = audio_dir / (fname + extension)
-        try:
-            with clip_is_blamed():
-                size, is_file = path.stat().st_size, path.is_file()
-        except BadClip as error:
-            if error.__cause__.errno not in (errno.ENOENT, errno.ENOTDIR):
-                raise
-            continue
-        if not is_file:
-            raise BadClip("not a plain file")
-        if size == 0:
-            raise BadClip("empty file (0 bytes)")
-        return path
-    if not any(audio_dir.iterdir()):
-        raise OSError(errno.ENOENT, "the audio folder is empty; was it unmounted?", str(audio_dir))
-    raise BadClip(f"no such file in {audio_dir.name}/")
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def fingerprint(path: Path) -> str:
-    """What a file is known by: its size, time of change in ns, and SHA-256."""
-    stat = path.stat()
-    return f"{stat.st_size} {stat.st_mtime_ns} {sha256_of(path)}"
-
-
-def file_state(audio_dir: Path, fname: str, known: str | None) -> str:
-    """Whether a clip's file is still what `known`, its fingerprint, says: same, changed or gone.
-
-    As git does: by size and time, and by content where the time alone differs, as in a copy.
-    """
-    try:
-        path = clip_path(audio_dir, fname)
-        if known is None:  # it could not be read then
-            return "changed" if os.access(path, os.R_OK) else "same"
-        stat, (size, mtime_ns, digest) = path.stat(), known.split()
-        if stat.st_size != int(size):
-            return "changed"
-        untouched = stat.st_mtime_ns == int(mtime_ns)
-        return "same" if untouched or sha256_of(path) == digest else "changed"
-    except BadClip:
-        return "same" if known is None else "gone"
+    """A clip cannot be tokenized. The message is its reason in failed_<stem>.csv."""
 
 
 NO_HEADER = "raw samples: there is no header that says what they are"
@@ -705,57 +987,71 @@ def resampler(rate: int, model_rate: int, device: str) -> torchaudio.transforms.
 
 
 def chunk_starts(length: int, chunk: int, hop: int) -> list[int]:
-    """Where the chunks of `length` samples start: every hop, the last aligned to the clip's end."""
+    """The chunks of `length` samples start every hop; the last is aligned to the clip's end."""
     starts = list(range(0, max(1, length - chunk + 1), hop))
     if starts[-1] + chunk < length:
         starts.append(length - chunk)
     return starts
 
 
-def split_chunks(audio: torch.Tensor, chunk: int, hop: int) -> list[torch.Tensor]:
-    """Cut [C, T] into pieces [C, chunk], so that each sample is in one.
+def split_chunks(audio: torch.Tensor, settings: Settings) -> tuple[list[int], list[torch.Tensor]]:
+    """Cut audio [C, T] into chunks [C, chunk], and say at which samples they start.
 
-    Audio of at most one chunk is zero-padded at its end. Longer audio is not padded.
+    Audio of at most one chunk is zero-padded at its end. Longer audio is not padded, and every
+    sample is in a chunk. A whole clip is one chunk, as long as it is.
     """
+    if settings.whole:
+        return [0], [audio]
+    chunk = settings.chunk_samples
+    starts = chunk_starts(audio.shape[1], chunk, settings.hop_samples)
     audio = F.pad(audio, (0, max(0, chunk - audio.shape[1])))
-    return [audio[:, start : start + chunk] for start in chunk_starts(audio.shape[1], chunk, hop)]
+    return starts, [audio[:, start : start + chunk] for start in starts]
 
 
-def load_clip(clip: Clip, settings: Settings, audio_dir: Path) -> Clip:
-    """Read, resample and cut a clip: fills in its record and its chunks, or why there are none."""
+def load_clip(clip: Clip, settings: Settings) -> Clip:
+    """Read, resample and cut a clip: fills in its facts and its chunks, or why there are none.
+
+    Raises RunError: the file has changed since the block was named. OSError: the machine's faults.
+    """
     started, spec = time.perf_counter(), MODELS[settings.model]
     try:
-        path = clip_path(audio_dir, clip.fname)
-        with clip_is_blamed():
-            clip.file = fingerprint(path)
-            samples, clip.rate = read_audio(path, spec.channels, settings.max_duration)
+        if not has_file(clip.stamp):
+            raise BadClip(f"{NO_FILE}: {clip.path}" if clip.stamp == NO_FILE else clip.stamp)
+        samples, clip.rate = read_audio(clip.path, spec.channels, settings.max_duration)
         clip.duration_s, clip.silent = samples.shape[1] / clip.rate, not samples.any()
         samples = samples.to(settings.device)
         audio = resampler(clip.rate, spec.sample_rate, settings.device)(samples)  # [C, T]
-        clip.starts = chunk_starts(audio.shape[1], settings.chunk_samples, settings.hop_samples)
-        clip.num_chunks = len(clip.starts)
-        clip.chunks = split_chunks(audio, settings.chunk_samples, settings.hop_samples)
+        clip.starts, clip.chunks = split_chunks(audio, settings)
     except BadClip as reason:
         clip.error = str(reason)
+    except OSError as error:
+        if error.errno not in CLIP_ERRNOS:
+            raise
+        clip.error = f"cannot be opened: {error.strerror}"
+    if clip.path and read_stamp(clip.path) != clip.stamp:
+        raise RunError(f"{clip.path} has changed or gone while the run was at work. Run it again.")
     clip.load_s = time.perf_counter() - started
     return clip
 
 
 def one_core_pool(threads: int) -> ThreadPoolExecutor:
-    """Threads of one core each: no sum depends on the number of cores."""
+    """Threads of one core each, so that no sum depends on the number of cores."""
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
-def load_clips(clips: Iterable[Clip], settings: Settings, audio_dir: Path) -> Iterator[Clip]:
-    """load_clip in threads: in order, a few clips ahead."""
-    pool, pending, clips = one_core_pool(settings.workers), deque(), iter(clips)
+def load_clips(clips: Iterable[Clip], settings: Settings) -> Iterator[Clip]:
+    """Call load_clip in threads, a few clips and at most some 60 s of audio ahead, in order."""
+    pool, clips = one_core_pool(settings.workers), iter(clips)
+    ahead: deque[tuple[Clip, Future]] = deque()
     try:
         while True:
-            for clip in islice(clips, 2 * settings.workers + 1 - len(pending)):
-                pending.append(pool.submit(load_clip, clip, settings, audio_dir))
-            if not pending:
+            while len(ahead) <= 2 * settings.workers and sum(c.duration_s for c, _ in ahead) < 60:
+                if (clip := next(clips, None)) is None:
+                    break
+                ahead.append((clip, pool.submit(load_clip, clip, settings)))
+            if not ahead:
                 return
-            yield pending.popleft().result()
+            yield ahead.popleft()[1].result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -764,13 +1060,12 @@ def load_clips(clips: Iterable[Clip], settings: Settings, audio_dir: Path) -> It
 
 
 def find_weights(settings: Settings) -> Path | None:
-    """The file to load, downloaded where need be; None for untrained weights.
+    """Find the file to load, and download it if need be; None for untrained weights.
 
-    `pretrained` is Meta's file in torch hub's cache, where EncodecModel's own loader keeps it too,
-    or else the same weights in Hugging Face's cache. Meta's names end in 8 hex digits, with which
-    the SHA-256 of what is in them begins.
+    `pretrained` is Meta's file in torch hub's cache, where EncodecModel's own loader keeps it too.
+    The names of Meta's files end in the first 8 hex digits of their SHA-256.
 
-    Raises UserError: no such file, no download, another checksum.
+    Raises UserError: there is no such file, the download fails, or the SHA-256 is another one.
     """
     spec, path = MODELS[settings.model], Path(settings.weights).expanduser()
     if settings.weights == "untrained":
@@ -778,22 +1073,17 @@ def find_weights(settings: Settings) -> Path | None:
     if settings.weights == "pretrained":
         path = Path(torch.hub.get_dir(), "checkpoints", spec.checkpoint)
         if not path.exists() and not download(path):
-            copy = from_hugging_face(spec.repository)
-            if copy or (settings.dataset == "sample" and not settings.metadata):
-                return copy
+            if settings.dataset == "sample" and not (settings.metadata or settings.audio_dir):
+                return None
             raise UserError(
                 f"the pretrained weights could not be downloaded from {ROOT_URL}{path.name}\n"
-                f"Download that file elsewhere and put it to {path},\n"
+                f"Download that file elsewhere and copy it to {path},\n"
                 "or name it with --weights FILE. For a rehearsal without it: --weights untrained"
             )
-    elif not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", settings.weights):
-        path = from_hugging_face(settings.weights) or path
     elif path.is_dir():
         path /= "model.safetensors"
     if not path.is_file():
-        raise UserError(
-            f"--weights {path}: no such file (nor is it pretrained, untrained, or a repository)"
-        )
+        raise UserError(f"--weights {path}: no such file (nor is it pretrained or untrained)")
     checksum = path.stem[-8:]
     metas = path.name in [spec.checkpoint for spec in MODELS.values()]
     if metas and not (found := sha256_of(path)).startswith(checksum):
@@ -804,34 +1094,31 @@ def find_weights(settings: Settings) -> Path | None:
     return path
 
 
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def download(path: Path) -> bool:
-    """Fetch one of Meta's checkpoints to `path`. Says why, and returns False, where that fails."""
+    """Download one of Meta's checkpoints to `path`. Says why, and returns False, if that fails.
+
+    torch.hub writes to a temporary name and renames, so several processes may download at once.
+    """
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # a cluster's firewall may swallow the request
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         url, checksum = ROOT_URL + path.name, path.stem[-8:]
-        torch.hub.download_url_to_file(url, str(path), checksum, progress=RANK == 0)
+        torch.hub.download_url_to_file(url, str(path), checksum, progress=LOCAL_RANK == 0)
         return True
     except (OSError, RuntimeError) as error:
         say(f"{ROOT_URL}{path.name} could not be downloaded: {getattr(error, 'reason', error)}")
         return False
     finally:
         socket.setdefaulttimeout(patience)
-
-
-def from_hugging_face(repository: str) -> Path | None:
-    """A repository's weights in Hugging Face's cache. Says why, and returns None, without them."""
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        say(f"{repository} on Hugging Face was not tried:  pip install huggingface_hub safetensors")
-        return None
-    try:
-        return Path(hf_hub_download(repository, "model.safetensors"))
-    except Exception as error:  # its own, requests' and httpx's; all mean that there is no file
-        say(f"{repository} could not be had from Hugging Face: {str(error).splitlines()[0]}")
-        return None
 
 
 def build_model(name: str) -> EncodecModel:
@@ -842,24 +1129,24 @@ def build_model(name: str) -> EncodecModel:
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint. Raises UserError: there are none that can be read."""
+    """Read the tensors of a checkpoint. Raises UserError: the file holds none."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        mmap = zipfile.is_zipfile(path)  # reads what is used; files older than torch 1.6 cannot
+        mmap = zipfile.is_zipfile(path)  # reads only what is used; not for files before torch 1.6
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except ImportError as error:
         raise UserError(f"{path} needs safetensors:  pip install safetensors") from error
-    except Exception as error:  # torch.load has no list of what a foreign file makes it raise
+    except Exception as error:  # torch.load documents no list of its errors
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path} is not a PyTorch checkpoint ({reason})") from error
     return state if isinstance(state, dict) else {}
 
 
 def transformers_names(name: str) -> list[str]:
-    """What transformers calls a tensor of EnCodec's: with weight norm's names, old and new."""
+    """The names that transformers gives a tensor of EnCodec's: weight norm has old and new ones."""
     for meta, theirs in (
         (r"^(encoder|decoder)\.model", r"\1.layers"),
         (r"\.(conv|convtr)\.\1\.", ".conv."),
@@ -872,7 +1159,7 @@ def transformers_names(name: str) -> list[str]:
 
 
 def fitting(state: dict, model: EncodecModel) -> dict[str, torch.Tensor] | None:
-    """`state` under EnCodec's own names; None where it is not of this model."""
+    """Rename `state` to EnCodec's own names; None if it belongs to another model."""
     named = {}
     for name, wanted in model.state_dict().items():
         candidates = (state.get(key) for key in (name, *transformers_names(name)))
@@ -884,12 +1171,13 @@ def fitting(state: dict, model: EncodecModel) -> dict[str, torch.Tensor] | None:
 
 
 def load_model(settings: Settings, path: Path | None) -> tuple[EncodecModel, str]:
-    """EnCodec with the weights of `path` at the chosen bandwidth, and those weights' SHA-256.
+    """Load the weights of `path` (None: untrained ones) into EnCodec at the chosen bandwidth.
 
-    For None: untrained ones. The digest is of the tensors that decide the codes, whatever form of
-    file they come in.
+    Returns the model, and the SHA-256 of the tensors that decide the codes, which is the same for
+    every form of checkpoint.
 
-    Raises UserError: not a checkpoint, one of another model, or one that cannot be meant.
+    Raises UserError: not a checkpoint, one of another model, or unusable: NaN or all-zero
+    codebooks.
     """
     model = untrained_model(settings.model) if path is None else build_model(settings.model)
     if path is not None:
@@ -906,7 +1194,7 @@ def load_model(settings: Settings, path: Path | None) -> tuple[EncodecModel, str
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith("encoder.") or name.endswith("_codebook.embed"):
             if not tensor.isfinite().all() or (name.endswith(".embed") and not tensor.any()):
-                raise UserError(f"the weights in {path} are not EnCodec's: {name} has NaN or is 0")
+                raise UserError(f"the weights in {path} are unusable: {name} has NaN or is all 0")
             digest.update(name.encode() + tensor.numpy().tobytes())
     model.set_target_bandwidth(settings.bandwidth)
     return model, UNTRAINED if path is None else digest.hexdigest()
@@ -917,7 +1205,7 @@ def untrained_model(name: str) -> EncodecModel:
     """Seeded random weights, for rehearsals: rows of the right shape that mean nothing.
 
     A fresh EnCodec's codebooks are all zero, and so would be its tokens. Here each codebook is
-    drawn around what those before it left of the latents of some noise.
+    drawn around the residuals that the codebooks before it leave of some noise.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -941,9 +1229,8 @@ def has_avx512() -> bool:
 def elu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """ELU as max(x, exp(min(x, 0)) - 1).
 
-    torch's own goes through an expm1 that on some hosts is slow for minutes at a time: encoding
-    then takes up to 2 to 3 times as long (else 1.05 times). NumPy's is Intel's SVML where there are
-    Linux and AVX-512: encoding is 1.05 to 1.07 times as fast as by torch's exp (Zen 4).
+    torch's own uses an expm1 that is several times slower for minutes at a time on some hosts. On
+    Linux with AVX-512, NumPy's expm1 is Intel's SVML, which is faster than torch's exp.
     """
     out = torch.clamp(x, max=0, out=out)
     if has_avx512() and sys.platform == "linux":
@@ -954,26 +1241,22 @@ def elu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear, on CPUs with AVX-512 by oneDNN: PyTorch's default, MKL, leaves it unused on AMD.
-
-    There encoding by MKL takes up to 1.3 times as long (on Zen 4, where AVX-512 does no more sums a
-    second than AVX2, 1.02 times at 24 kHz and 1.08 times at 48 kHz).
-    """
+    """F.linear; oneDNN computes it on CPUs with AVX-512, which MKL, the default, ignores on AMD."""
     if has_avx512() and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
-Tails = dict["FastConv", torch.Tensor]  # of a convolution's input, its last `left` frames [left, C]
+# The last `left` frames [left, C] of each convolution's input, for the next piece of the audio.
+Tails = dict["FastConv", torch.Tensor]
 
 
 class FastConv:
     """EnCodec's SConv1d, and the ELU before it where there is one, on one chunk as [T, C].
 
-    The same sums, laid out for a CPU: with a frame's channels side by side, a kernel of 1 is a
-    matrix product, and a kernel of twice the stride (all strided convolutions of EnCodec) is two,
-    over a view of the input; the ELU writes into the padded input. On 2 cores EnCodec's own
-    modules, chunk by chunk and with `elu`, take 1.5 times as long.
+    It computes the same sums in a layout for CPUs: with a frame's channels side by side, a kernel
+    of 1 is a matrix product, and a kernel of twice the stride (all strided convolutions of EnCodec)
+    is two, over a view of the input. The ELU writes into the padded input.
     """
 
     def __init__(self, module: SConv1d, after_elu: bool) -> None:
@@ -988,7 +1271,7 @@ class FastConv:
             self.weight = halves.transpose(0, 1).contiguous()  # [2, C', stride * C]
         else:
             self.weight = self.weight[:, :, None].contiguous(memory_format=torch.channels_last)
-        # As SConv1d pads: all to the left in a causal model, else the odd sample to the left.
+        # SConv1d pads in this way: a causal model all to the left, another the odd sample.
         total = self.kernel - self.stride
         self.right = 0 if module.causal else total // 2
         self.left = total - self.right
@@ -1009,7 +1292,7 @@ class FastConv:
         return padded
 
     def __call__(self, x: torch.Tensor, tails: Tails) -> torch.Tensor:
-        """[T, C] -> [ceil(T / stride), C']; `tails`: see FastEncoder.convolve."""
+        """[T, C] -> [ceil(T / stride), C']; `tails`: see CpuEncoder.convolve."""
         if self.kernel == 1:
             y = linear(elu(x) if self.after_elu else x, self.weight, self.bias)
         elif self.kernel == 2 * self.stride:
@@ -1026,15 +1309,16 @@ class FastConv:
         return torch.addcmul(self.norm.bias - mean * scale, y, scale, out=y)
 
 
-class FastEncoder:
-    """EnCodec's encoder for a CPU: the convolutions chunk by chunk, the LSTM over the batch.
+class CpuEncoder:
+    """EnCodec's encoder for a CPU: the convolutions segment by segment, the LSTM over a batch.
 
-    A chunk's activations fit the cache, where a batch's do not; the LSTM reads all its weights at
-    every step, which the chunks of a batch share. Its batch is filled up with zeros to one fixed
-    shape, so that a chunk's codes do not depend on what it is encoded with. By itself a chunk costs
-    the LSTM 46 ms, in batches of 4 23 ms, of 32 23 ms (AMD EPYC, Zen 3; on Zen 4 27, 13 and 12 ms):
-    so 4, of 2 s.
+    A segment's activations fit the cache, and a batch's do not; the LSTM reads all its weights at
+    every step, which the segments of a batch share. A batch is filled up with zeros to one fixed
+    shape, so that codes do not depend on what they are encoded with. Batches of 4 x 2 s are as fast
+    as larger ones.
     """
+
+    lstm_frames = 1500  # a longer segment goes through the LSTM in pieces, to save memory
 
     def __init__(self, model: EncodecModel, batch_size: int) -> None:
         self.batch_size, self.hop = batch_size, int(model.encoder.hop_length)
@@ -1049,7 +1333,7 @@ class FastEncoder:
             elif isinstance(module, SLSTM):
                 self.lstm = module.lstm
             after_elu = isinstance(module, torch.nn.ELU)
-        # EnCodec's own: over 3,584 terms a sum it rounds less, and costs little.
+        # EnCodec's own module: it rounds less over 3,584 terms a sum, and costs little.
         self.last = model.encoder.model[-1]
 
     @staticmethod
@@ -1059,12 +1343,11 @@ class FastEncoder:
         return lambda x, tails: shortcut(x, tails).add_(narrow(wide(x, tails), tails))
 
     def convolve(self, segment: torch.Tensor) -> torch.Tensor:
-        """[C, T] -> what enters the LSTM, [F, 512]
+        """Turn [C, T] into the LSTM's input [F, 512].
 
-        A causal model's in pieces of 50 frames or more, which fit the cache (2 s at once take 1.2
-        times as long) and take no more memory for longer chunks; each convolution finds the inputs
-        that it needs from the piece before in `tails`. The 48 kHz model looks ahead and normalizes
-        over time: a segment is one piece.
+        A causal model takes pieces of 50 frames or more, which fit the cache and need no more
+        memory for longer segments; `tails` holds the inputs that each convolution needs from the
+        piece before. The 48 kHz model looks ahead and normalizes over time: it takes one piece.
         """
         x, tails = segment.T.contiguous(), {}  # [T, C]
         piece = 50 * self.hop if self.causal else len(x)
@@ -1077,15 +1360,19 @@ class FastEncoder:
         return torch.cat(pieces)
 
     def latents(self, segments: list[torch.Tensor]) -> torch.Tensor:
-        """B convolved segments [F, 512] of one length -> [B, D, F], as the model's own encoder."""
+        """Turn B convolved segments [F, 512] of one length into the encoder's output [B, D, F]."""
         x = torch.stack(segments, dim=1)  # [F, B, 512]
         x = F.pad(x, (0, 0, 0, self.batch_size - len(segments)))
-        x = elu(x + self.lstm(x)[0]).permute(1, 2, 0)  # [B, 512, F]
+        state, pieces = None, []
+        for piece in x.split(self.lstm_frames):
+            y, state = self.lstm(piece, state)
+            pieces.append(elu(y.add_(piece)))
+        x = torch.cat(pieces).permute(1, 2, 0)  # [B, 512, F]
         return torch.cat([self.last(one[None]) for one in x[: len(segments)]])
 
 
-class WholeEncoder:
-    """EnCodec's own encoder on whole batches, for a GPU; on halves where memory is short."""
+class GpuEncoder:
+    """EnCodec's own encoder on batches, for a GPU; on halves of them if memory is short."""
 
     def __init__(self, model: EncodecModel, batch_size: int) -> None:
         self.encoder, self.fits = model.encoder, batch_size
@@ -1094,7 +1381,7 @@ class WholeEncoder:
         return segment
 
     def latents(self, segments: list[torch.Tensor]) -> torch.Tensor:
-        """B segments [C, T] of one length -> [B, D, F]"""
+        """Turn B segments [C, T] of one length into [B, D, F]."""
         while True:
             try:
                 return torch.cat([self.encoder(b) for b in torch.stack(segments).split(self.fits)])
@@ -1102,59 +1389,60 @@ class WholeEncoder:
                 if self.fits == 1:
                     raise
             self.fits = (min(self.fits, len(segments)) + 1) // 2
-            say(f"note: out of GPU memory; going on with batches of {self.fits} chunks")
+            say(f"note: out of GPU memory; the batches have {self.fits} chunks from now on")
             torch.cuda.empty_cache()
 
 
 class Encoder:
-    """From chunks to the codes that EncodecModel.encode gives, sooner.
-
-    The 48 kHz model cuts a chunk into segments of 1 s that overlap by 1 % and normalizes the
-    loudness of each; their codes follow each other in F.
-    """
+    """Turns chunks into the codes that EncodecModel.encode gives, in less time."""
 
     def __init__(self, model: EncodecModel, settings: Settings) -> None:
         for module in model.encoder.modules():
-            if hasattr(module, "weight_g"):  # fold the norm into the weight, once, not every call
+            if hasattr(module, "weight_g"):  # fold the norm into the weight once, not every call
                 torch.nn.utils.remove_weight_norm(module)
         model.encoder.to(settings.device)
         model.quantizer.to(settings.device)
-        kind = FastEncoder if settings.device == "cpu" else WholeEncoder
-        self.inner, self.model = kind(model, settings.batch_size), model
+        kind = CpuEncoder if settings.device == "cpu" else GpuEncoder
+        self.inner, self.model, self.settings = kind(model, settings.batch_size), model, settings
         self.wants_latents = settings.aggregate in ("latent", "medoid")
         count = model.quantizer.get_num_quantizers_for_bandwidth(model.frame_rate, model.bandwidth)
         books = [layer.codebook for layer in model.quantizer.vq.layers[:count]]  # [1024, D] each
         self.codebooks = [(book, 2 * book, -book.pow(2).sum(1)) for book in books]
 
+    def segments(self, chunk: torch.Tensor) -> list[torch.Tensor]:
+        """Cut a chunk [C, T] as the model itself does; the codes of its segments follow each other.
+
+        The 24 kHz model takes it in one piece, the 48 kHz model in segments of 1 s that overlap by
+        1 % (EncodecModel.encode).
+        """
+        length = self.model.segment_length or chunk.shape[1]
+        starts = range(0, chunk.shape[1], self.model.segment_stride or length)
+        return [chunk[:, start : start + length] for start in starts]
+
     @torch.inference_mode()
-    def convolve(self, chunk: torch.Tensor) -> tuple[list[torch.Tensor], float]:
-        """A chunk [C, T] -> its segments, convolved; and the seconds that took."""
-        started, model = time.perf_counter(), self.model
-        segment_samples, segments = model.segment_length or chunk.shape[1], []
-        for start in range(0, chunk.shape[1], model.segment_stride or segment_samples):
-            segment = chunk[:, start : start + segment_samples]
-            if model.normalize:
-                mono = segment.mean(dim=0, keepdim=True)
-                segment = segment / (1e-8 + mono.pow(2).mean(dim=1, keepdim=True).sqrt())
-            segments.append(self.inner.convolve(segment))
-        return segments, time.perf_counter() - started
+    def convolve(self, segment: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Run a segment [C, T] through the convolutions; also returns the seconds that took."""
+        started = time.perf_counter()
+        if self.model.normalize:  # the loudness, as EncodecModel does
+            mono = segment.mean(dim=0, keepdim=True)
+            segment = segment / (1e-8 + mono.pow(2).mean(dim=1, keepdim=True).sqrt())
+        return self.inner.convolve(segment), time.perf_counter() - started
 
     @torch.inference_mode()
     def codes(self, convolved: list[Future]) -> tuple[np.ndarray, torch.Tensor | None, float]:
-        """What `convolve` gave for B chunks -> codes [B, K, F], latents [B, D, F], seconds.
+        """Turn the results of `convolve` for B segments of one length into their codes.
 
-        The latents where they are wanted; of the seconds, a chunk's share.
+        Returns codes [B, K, F]; latents [B, D, F] if they are wanted; seconds, a segment's share.
         """
-        chunks, seconds = zip(*(future.result() for future in convolved))
+        features, seconds = zip(*(future.result() for future in convolved))
         started = time.perf_counter()
-        latents = [self.inner.latents(list(segments)) for segments in zip(*chunks)]
-        codes = torch.cat([self.quantize(part) for part in latents], dim=2).cpu().numpy()
-        latents = torch.cat(latents, dim=2).cpu() if self.wants_latents else None
-        took = sum(seconds) + time.perf_counter() - started
-        return codes, latents, took / len(chunks)
+        latents = self.inner.latents(list(features))
+        codes = self.quantize(latents).cpu().numpy()
+        latents = latents.cpu() if self.wants_latents else None
+        return codes, latents, (sum(seconds) + time.perf_counter() - started) / len(features)
 
     def quantize(self, latents: torch.Tensor) -> torch.Tensor:
-        """[B, D, F] -> [B, K, F]: per codebook the code nearest to what those before it left."""
+        """[B, D, F] -> [B, K, F]: each codebook's code nearest to the residual of those before."""
         residual = latents.transpose(1, 2).reshape(-1, latents.shape[1])  # [B * F, D]
         codes = []
         for book, doubled, minus_squared in self.codebooks:
@@ -1165,65 +1453,135 @@ class Encoder:
         return torch.stack(codes, dim=1)
 
 
-def encode_clips(clips: Iterable[Clip], encoder: Encoder, settings: Settings) -> Iterator[Clip]:
-    """Encode the chunks of clips, whole blocks of them; yields the clips in their order.
+@dataclass(eq=False, slots=True)
+class Segment:
+    """A part of a chunk on its way through the encoder."""
 
-    Every chunk is convolved on a core of its own, and every `batch_size` of them, in order, go
-    through the LSTM and the codebooks together. Not at once, but after as many more chunks as there
-    are threads: by then they are convolved, and no thread waits for another (that took 1.13 to 1.17
-    times as long). On CUDA one thread does it all, the GPU the rest.
+    number: int  # in the order of arrival
+    convolved: Future  # of Encoder.convolve
+    batch: Future | None = None  # of Encoder.codes; None until its batch is closed
+    place: int = 0  # in the batch
+
+
+class Batches:
+    """Collects segments of one length into batches, and starts the work on them.
+
+    Every segment is convolved on a core of its own, and every `batch_size` of one length, in order,
+    go through the LSTM and the codebooks together. A batch is closed only after as many more
+    segments as there are threads, because its own are convolved by then and no thread waits for
+    another. On CUDA one thread feeds the GPU.
     """
-    threads = THREADS if settings.device == "cpu" else 1
-    pool, batch_size = one_core_pool(threads), settings.batch_size
-    waiting: deque[tuple[Clip, list]] = deque()  # a clip; for each chunk its batch and place there
-    convolved: deque[tuple[list, Future]] = deque()  # for each chunk its clip's list, its features
-    in_flight = 0  # chunks
 
-    def close_batch() -> None:
-        batch = [convolved.popleft() for _ in range(min(batch_size, len(convolved)))]
-        codes = pool.submit(encoder.codes, [features for _, features in batch])
-        for place, (parts, _) in enumerate(batch):
-            parts.append((codes, place))
+    def __init__(self, encoder: Encoder, settings: Settings) -> None:
+        self.encoder, self.size = encoder, settings.batch_size
+        self.threads = THREADS if settings.device == "cpu" else 1
+        self.pool = one_core_pool(self.threads)
+        self.queues: dict[int, deque[Segment]] = defaultdict(deque)  # by length, in no batch yet
+        self.count = 0
 
+    def add(self, samples: torch.Tensor) -> Segment:
+        """Start on a segment [C, T], and on the batches that are due."""
+        self.count += 1
+        segment = Segment(self.count, self.pool.submit(self.encoder.convolve, samples))
+        length = samples.shape[1] if self.size > 1 else 0  # batches of 1 are of any length
+        self.queues[length].append(segment)
+        full = self.size + self.threads
+        for queue in self.queues.values():  # a rare length waits for two batches at most
+            if queue and (len(queue) == full or self.count - queue[0].number >= 2 * full):
+                self.close(queue)
+        return segment
+
+    def close(self, queue: deque[Segment]) -> None:
+        segments = [queue.popleft() for _ in range(min(self.size, len(queue)))]
+        codes = self.pool.submit(self.encoder.codes, [segment.convolved for segment in segments])
+        for place, segment in enumerate(segments):
+            segment.batch, segment.place = codes, place
+
+    def close_all(self) -> None:
+        for queue in self.queues.values():
+            while queue:
+                self.close(queue)
+        self.queues.clear()
+
+
+def encode_clips(clips: Iterable[Clip], encoder: Encoder) -> Iterator[Clip]:
+    """Encode the chunks of clips; yields the clips, with their codes, in their order.
+
+    What is in flight is limited in seconds of audio, and a clip waits until its segments are all in
+    batches. A block's last clip closes all batches, so batches depend on the block alone.
+    """
+    settings = encoder.settings
+    batches = Batches(encoder, settings)
+    most = 2 * (batches.threads + settings.batch_size) * settings.chunk_samples
+    most = max(most, 30 * MODELS[settings.model].sample_rate)
+    waiting: deque[tuple[Clip, list[list[Segment]], int]] = deque()  # segments, samples of a clip
+    in_flight = 0  # samples
     try:
         for clip in clips:
-            waiting.append((clip, parts := []))
-            in_flight += len(clip.chunks)
-            for chunk in clip.chunks:
-                convolved.append((parts, pool.submit(encoder.convolve, chunk)))
-                if len(convolved) == batch_size + threads:
-                    close_batch()
-            while convolved and clip.index % BLOCK_CLIPS == BLOCK_CLIPS - 1:
-                close_batch()
-            while in_flight - len(waiting[0][0].chunks) > 2 * (threads + batch_size):
-                in_flight -= len(waiting[0][0].chunks)
-                yield with_codes(*waiting.popleft())
-        while convolved:
-            close_batch()
+            chunks = [[batches.add(s) for s in encoder.segments(chunk)] for chunk in clip.chunks]
+            samples = sum(chunk.shape[1] for chunk in clip.chunks)
+            waiting.append((clip, chunks, samples))
+            in_flight += samples
+            if clip.ends_block:
+                batches.close_all()
+            while in_flight - waiting[0][2] > most and is_batched(waiting[0][1]):
+                in_flight -= waiting[0][2]
+                yield with_codes(*waiting.popleft()[:2])
+        batches.close_all()
         while waiting:
-            yield with_codes(*waiting.popleft())
+            yield with_codes(*waiting.popleft()[:2])
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        batches.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def with_codes(clip: Clip, parts: list[tuple[Future, int]]) -> Clip:
-    """A clip with what its chunks' batches have at their places."""
-    results = [(*batch.result(), place) for batch, place in parts]
-    if results:
-        clip.codes = np.stack([codes[place] for codes, _, _, place in results])
-        clip.latents = [latents[place] for _, latents, _, place in results if latents is not None]
-        clip.encode_s = sum(seconds for _, _, seconds, _ in results)
+def is_batched(chunks: list[list[Segment]]) -> bool:
+    return all(segment.batch for chunk in chunks for segment in chunk)
+
+
+def with_codes(clip: Clip, chunks: list[list[Segment]]) -> Clip:
+    """Give a clip the codes of its chunks, from its segments' batches."""
+    codes = []
+    for segments in chunks:
+        results = [(*segment.batch.result(), segment.place) for segment in segments]
+        codes.append(np.concatenate([codes[place] for codes, _, _, place in results], axis=1))
+        if results[0][1] is not None:
+            clip.latents.append(torch.cat([latents[at] for _, latents, _, at in results], dim=1))
+        clip.encode_s += sum(seconds for _, _, seconds, _ in results)
+    if codes:
+        clip.codes = np.stack(codes)
     clip.chunks = []
     return clip
 
 
-# --------------------------------------------------------------------------------------------- rows
+def load_encoder(settings: Settings) -> Encoder:
+    """Find, load and set up the weights, for `tokenize`. Raises UserError: see find_weights."""
+    settings = resolve_device(settings)
+    return Encoder(load_model(settings, find_weights(settings))[0], settings)
+
+
+def tokenize(path: str | Path, encoder: Encoder) -> np.ndarray:
+    """Tokenize one audio file, as a run does.
+
+    Returns codes [N, K, F], int64 within 0..1023: N chunks (1 with Settings(whole=True)), K
+    codebooks, F frames; 75 frames are a second at 24 kHz.
+
+    Raises BadClip: the file is missing, damaged, or no audio. OSError: the machine is at fault.
+    """
+    path = Path(path)
+    clip = load_clip(Clip(path.name, path=path, stamp=read_stamp(path)), encoder.settings)
+    if clip.error:
+        raise BadClip(f"{path}: {clip.error}")
+    (clip,) = encode_clips([clip], encoder)
+    return clip.codes
+
+
+# ------------------------------------------------------------------------------------------- blocks
 
 
 def aggregate(clip: Clip, how: str, model: EncodecModel) -> np.ndarray:
-    """A clip's chunks as the codes of its rows [R, K, F]; one row, but for `none`.
+    """Turn the codes of a clip's chunks into those of its rows [R, K, F]; R is 1 but for `none`.
 
-    mean: of the codes, rounded; no codes of EnCodec's where there are several chunks.
+    mean: the mean of the codes, rounded; with several chunks these are no codes of EnCodec's.
     latent: the codes of the mean of the chunks' latents.
     medoid: the codes of the chunk whose latents are nearest to that mean (Euclidean).
     none: every chunk's codes.
@@ -1238,634 +1596,97 @@ def aggregate(clip: Clip, how: str, model: EncodecModel) -> np.ndarray:
     if how == "medoid":
         nearest = int((latents - mean).pow(2).sum(dim=(1, 2)).argmin())
         return codes[nearest : nearest + 1]
-    mean = mean.to(next(model.quantizer.buffers()).device)
-    coded = model.quantizer.encode(mean, model.frame_rate, model.bandwidth)  # [K, 1, F]
-    return coded.transpose(0, 1).cpu().numpy()
+    if how == "latent":
+        mean = mean.to(next(model.quantizer.buffers()).device)
+        coded = model.quantizer.encode(mean, model.frame_rate, model.bandwidth)  # [K, 1, F]
+        return coded.transpose(0, 1).cpu().numpy()
+    raise ValueError(f"unknown aggregate: {how}")
 
 
-def csv_line(cells: Iterable[object]) -> str:
-    """A line of a CSV. (Python 3.11's csv module leaves a lone carriage return unquoted.)"""
-
-    def quoted(text: str) -> str:
-        return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
-
-    return ",".join(quoted(str(cell)) for cell in cells) + "\n"
-
-
-def columns(how: str, dataset: Dataset, num_tokens: int) -> list[str]:
-    """The CSV's header."""
-    chunk = ["chunk", "start_sec"] if how == "none" else []
-    return COLUMNS + chunk + dataset.columns + [f"token_{i}" for i in range(num_tokens)]
-
-
-CODE_TEXTS = np.array([str(code) for code in range(NUM_CODES)], dtype=object)
-
-
-def clip_rows(clip: Clip, rows: np.ndarray, settings: Settings) -> Iterator[str]:
-    """A clip's lines of the CSV, from the codes [R, K, F] of its rows."""
-    shape, duration_s = rows.shape[1:], round(clip.duration_s, 6)
-    facts = [clip.fname, clip.labels, math.prod(shape), shape, clip.num_chunks, duration_s]
-    for i, row in enumerate(rows):
-        chunk = []
-        if settings.aggregate == "none":
-            chunk = [i, round(clip.starts[i] / MODELS[settings.model].sample_rate, 6)]
-        cells = csv_line([*facts, *chunk, *clip.extra])[:-1]
-        yield f"{cells},{','.join(CODE_TEXTS[row.ravel()])}\n"
-
-
-def code_counts(codes: np.ndarray) -> np.ndarray:
-    """[N, K, F] -> [K, 1024]: how often each code occurs."""
-    return np.stack([np.bincount(k.ravel(), minlength=NUM_CODES) for k in codes.swapaxes(0, 1)])
-
-
-def perplexity(counts: np.ndarray) -> np.ndarray:
-    """How many codes, used evenly, would be as varied as those counted in [K, 1024]: [K]."""
-    share = counts / counts.sum(axis=1, keepdims=True)
-    return np.exp(-(share * np.log(np.where(share > 0, share, 1))).sum(axis=1))
-
-
-# -------------------------------------------------------------------------------------------- files
-
-
-class Block(NamedTuple):
-    """What is kept of consecutive clips."""
-
-    records: list[Record]
-    counts: list[list[int]]  # [K, 1024]: how often the chunks have each code; [] where all failed
-    shape: list[int]  # codebooks, frames of a row; [] where all failed
-    lines: bytes  # of the CSV
-
-
-def make_block(clips: list[Clip], settings: Settings, model: EncodecModel) -> Block:
-    """The records and rows of clips that have their codes or an error."""
-    done = [clip for clip in clips if not clip.error]
-    rows = ((clip, aggregate(clip, settings.aggregate, model)) for clip in done)
-    lines = "".join(line for clip, codes in rows for line in clip_rows(clip, codes, settings))
-    counts = code_counts(np.concatenate([clip.codes for clip in done])).tolist() if done else []
-    shape = [*done[0].codes.shape[1:]] if done else []
-    return Block(clips, counts, shape, lines.encode())
-
-
-def pack_block(block: Block, run_digest: str) -> bytes:
-    """The SHA-256 of what follows, the digest of the run, the facts, a line each; the rows."""
-    records = [[getattr(r, field.name) for field in fields(Record)] for r in block.records]
-    facts = to_json([records, block.counts, block.shape])
-    body = b"\n".join([run_digest.encode(), facts, block.lines])
-    return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
-
-
-def unpack_block(data: bytes) -> tuple[str, Block] | None:
-    """The digest of the run and the block; None where it is damaged."""
-    checksum, _, body = data.partition(b"\n")
-    if hashlib.sha256(body).hexdigest().encode() != checksum:
-        return None
-    run_digest, facts, lines = body.split(b"\n", 2)
-    records, counts, shape = json.loads(facts)
-    records = [Record(*record) for record in records]
-    return run_digest.decode(), Block(records, counts, shape, lines)
-
-
-def to_json(content: object, indent: int | None = None) -> bytes:
-    """Names that are no UTF-8 (surrogates) are kept, as JSON's own escapes."""
-    text = json.dumps(content, indent=indent, ensure_ascii=False)
-    return text.encode(errors="backslashreplace")
-
-
-def write_file(path: Path, pieces: Iterable[bytes], workplace: Path) -> None:
-    """Write a file whole or not at all: in another folder, onto the disk, then renamed."""
-    temporary = workplace / f"{uuid.uuid4().hex}.tmp"
-    with temporary.open("wb") as file:
-        file.writelines(pieces)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    if os.name == "posix":  # the new name is on the disk when its folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of SMB, or FUSE: it cannot
-                raise
-        finally:
-            os.close(folder)
-
-
-def changes(found: dict, wanted: dict) -> str:
-    """What is not the same in two dicts, a line each; what is a flag, by its name."""
-    flags = {field.name for field in fields(Settings)}
-    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    lines = (f"{'--' * (k in flags)}{k}: {found.get(k)} -> {wanted.get(k)}" for k in keys)
-    return "".join(f"  {line}\n" for line in lines)
-
-
-def owner() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-class Output:
-    """The files of one dataset, and its blocks on the way there.
-
-    One record, tokenized_<stem>.json, says what is here. It is written first, with "finished":
-    false, and last, with true; `run` is all that decides the rows (see identity).
-
-    | the record                       | the CSV  | what is here                       |
-    |----------------------------------|----------|------------------------------------|
-    | none                             | none     | nothing                            |
-    | of this run, not finished        | any      | unfinished: its blocks are used    |
-    | of this run, finished            | is there | finished                           |
-    | another run's, or of more clips; | any      | another's: left alone, or replaced |
-    | none, or none that can be read   | is there | by --overwrite                     |
-    """
-
-    def __init__(self, folder: Path, dataset: Dataset, run: dict) -> None:
-        stem = dataset.stem
-        self.dataset, self.run = dataset, run
-        self.digest = hashlib.sha256(to_json(run)).hexdigest()  # in every block
-        self.attempt = uuid.uuid4().hex[:8]  # in every block's name; the first process's
-        self.csv = folder / f"tokenized_{stem}.csv"
-        self.json = folder / f"tokenized_{stem}.json"
-        self.summary = folder / f"summary_{stem}.txt"
-        self.failed = folder / f"failed_{stem}.csv"
-        self.parquet = folder / f"tokenized_{stem}.parquet"
-        self.picture = folder / f"summary_{stem}.png"
-        self.listen = folder / f"listen_{stem}"
-        self.blocks = folder / f"tokenized_{stem}.blocks"
-        # Beside the folder of the blocks, which goes; it stays, for to remove a lock is a race.
-        self.lock = folder / f".tokenized_{stem}.lock"
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the output against other runs; the lock dies with the process."""
-        lock = filelock.FileLock(self.lock, timeout=0)
-        try:
-            self.lock.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-        except filelock.Timeout as error:
-            maker = (self.record() or {}).get("owner", "another process")
-            hint = "wait for it, or choose another --output_dir"
-            raise UserError(f"{self.csv} is being made by {maker}: {hint}") from error
-        except (OSError, NotImplementedError) as error:  # older filelock's, where flock is missing
-            raise UserError(f"--output_dir {self.lock.parent} cannot be used: {error}") from error
-        try:
-            record = self.record()
-            if self.state(record) == "unfinished":  # whose owner has died
-                self.write_record({**record, "owner": owner()})
-            yield
-        finally:
-            lock.release()
-
-    def record(self) -> dict | None:
-        """The record, {} for one that cannot be one; None: there is none. Raises OSError."""
-        try:
-            found = json.loads(self.json.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {} if self.csv.exists() else None
-        except ValueError:
-            found = None
-        return found if isinstance(found, dict) else {}
-
-    def state(self, record: dict | None) -> str:
-        """What is here: see the table above."""
-        if record is None:
-            return "nothing"
-        if self.differences(record):
-            return "another's"
-        return "finished" if record["finished"] and self.csv.exists() else "unfinished"
-
-    def differences(self, record: dict) -> str:
-        """What of a record is not of this run, a line each, by the flags' names."""
-        if "num_clips" not in record:
-            return f"  no record in {self.json.name} of what made it\n"
-        wanted = {**self.run, "max_samples": len(self.dataset.clips)}
-        found = {**{key: record.get(key) for key in self.run}, "max_samples": record["num_clips"]}
-        if found["max_samples"] <= wanted["max_samples"]:  # more are wanted: it is gone on with
-            del found["max_samples"], wanted["max_samples"]
-        return changes(found, wanted)
-
-    def begin(self, overwrite: str | None) -> list[int] | None:
-        """Write the record of an unfinished run; the blocks that it has to make, None if finished.
-
-        A finished row is given up for `overwrite` alone, the id of the run that makes all anew:
-        where more clips are wanted, or failed ones have come back, those that are done have to be
-        as they were. Raises UserError: going on would mix settings or lose finished rows.
-        """
-        record, num_clips = self.record() or {}, len(self.dataset.clips)
-        ways_on = "Replace it with --overwrite, or choose another --output_dir."
-        anew = overwrite is not None and record.get("overwrite") != overwrite
-        state = "nothing" if anew else self.state(self.record())
-        if state == "another's":
-            how = self.differences(record)
-            raise UserError(f"{self.csv} was made, or begun, in another way:\n{how}{ways_on}")
-        kept = [] if anew else record.get("clips", [])
-        facts = {"finished": False, "num_clips": num_clips, "clips": kept}
-        facts["overwrite"] = overwrite if anew else record.get("overwrite")
-        facts["owner"] = owner()
-        states = self.file_states([(fname, file) for fname, file, _ in kept])
-        errors = [error for _, _, error in kept]
-        lost = [c[0] for c, at, error in zip(kept, states, errors) if at != "same" and not error]
-        if lost:
-            names = ", ".join(lost[:3]) + ", ..." * (len(lost) > 3)
-            what = f"{len(lost)} clips' files have changed or gone since {self.csv} was made"
-            raise UserError(f"{what} ({names}). {ways_on}")
-        if state == "finished" and record["num_clips"] == num_clips and "changed" not in states:
-            if not any(errors):  # else the blocks stay, see join
-                shutil.rmtree(self.blocks, ignore_errors=True)
-            return None
-        if anew and self.blocks.exists():
-            shutil.rmtree(self.blocks)
-        self.blocks.mkdir(exist_ok=True)
-        there = self.adopt_blocks()
-        self.write_record(facts)
-        if anew:
-            self.remove(self.csv, self.summary, self.failed)
-        return [index for index in range(len(self.dataset.blocks)) if index not in there]
-
-    def adopt_blocks(self) -> set[int]:
-        """Take over what earlier attempts have left of this run, under this attempt's names.
-
-        Only these are read afterwards: what a process of a dead attempt may still write is no
-        block. A block is given up where a file of its clips has changed since.
-        """
-        there = set()
-        for path in sorted(self.blocks.iterdir()):
-            index = int(path.name.partition(".")[0]) if path.suffix == ".block" else None
-            block = None if index is None else self.read_block(index, path)
-            files = [(record.fname, record.file) for record in block.records] if block else []
-            if block and "changed" not in self.file_states(files):
-                path.replace(self.block_path(index))
-                there.add(index)
-            elif path.suffix != ".damaged":
-                path.unlink(missing_ok=True)
-        return there
-
-    def file_states(self, files: list[tuple[str, str | None]]) -> list[str]:
-        with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda file: file_state(self.dataset.audio_dir, *file), files))
-
-    def block_path(self, index: int) -> Path:
-        return self.blocks / f"{index:05d}.{self.attempt}.block"
-
-    def write_block(self, index: int, block: Block) -> None:
-        packed = pack_block(block, self.digest)
-        write_file(self.block_path(index), [packed], self.blocks)
-
-    def read_block(self, index: int, path: Path | None = None) -> Block | None:
-        """None where there is none that is whole, of this run and of these clips."""
-        path = path or self.block_path(index)
-        try:
-            unpacked = unpack_block(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        if unpacked is None:
-            path.replace(path.with_suffix(".damaged"))
-            say(f"note: {path} was damaged; it is set aside as .damaged and made again")
-            return None
-        run_digest, block = unpacked
-        names = [[clip.fname for clip in clips] for clips in self.dataset.blocks[index : index + 1]]
-        is_ours = run_digest == self.digest and [[r.fname for r in block.records]] == names
-        return block if is_ours else None
-
-    def write_record(self, facts: dict) -> None:
-        """The record: this run's identity and `facts`; of the latter the clips, a line each."""
-        clips = ",\n".join("    " + json.dumps(c, ensure_ascii=False) for c in facts["clips"])
-        rest = {key: value for key, value in facts.items() if key != "clips"}
-        head = to_json({**self.run, **rest}, indent=2).removesuffix(b"\n}")
-        tail = f',\n  "clips": [\n{clips}\n  ]\n}}\n'.encode(errors="backslashreplace")
-        write_file(self.json, [head, tail], self.blocks)
-
-    def remove(self, *paths: Path) -> None:
-        """Remove files, and what was made from the CSV that they go with."""
-        for path in (*paths, self.parquet, self.picture):
-            path.unlink(missing_ok=True)
-        shutil.rmtree(self.listen, ignore_errors=True)
-
-    def blocks_in_order(self) -> Iterator[Block]:
-        for index in range(len(self.dataset.blocks)):
-            block = self.read_block(index)
-            if block is None:
-                raise OSError(f"{self.block_path(index)} is gone or damaged")
-            yield block
-
-    def join(self, facts: dict) -> tuple[int, int]:
-        """Write the final files from the blocks, last the record. Returns: clips done, failed."""
-        records, counts, shape = [], np.zeros((1, NUM_CODES), int), []
-        for block in self.blocks_in_order():
-            records += block.records
-            shape = shape or block.shape
-            if block.counts:
-                counts = counts + np.array(block.counts)
-        failures = [(record.fname, record.error) for record in records if record.error]
-        if failures:
-            lines = map(csv_line, [("fname", "error"), *failures])
-            lines = (line.encode(errors="backslashreplace") for line in lines)
-            write_file(self.failed, lines, self.blocks)
-        if len(failures) == len(records):
-            self.remove(self.csv, self.summary)
-            return 0, len(failures)
-        lines = (block.lines for block in self.blocks_in_order())
-        header = csv_line(columns(self.run["aggregate"], self.dataset, math.prod(shape)))
-        write_file(self.csv, chain([header.encode()], lines), self.blocks)
-        facts |= {
-            "num_clips": len(records),
-            "tokenized": len(records) - len(failures),
-            "failed": len(failures),
-            "token_shape": shape,
-            "codes_in_use": (counts > 0).sum(axis=1).tolist(),
-            "perplexity": perplexity(counts).round(1).tolist(),
-        }
-        text = summary({**self.run, **facts}, records, self.dataset)
-        write_file(self.summary, [text.encode(errors="backslashreplace")], self.blocks)
-        self.remove(*([] if failures else [self.failed]))
-        clips = [[record.fname, record.file, record.error] for record in records]
-        overwrite = self.record().get("overwrite")
-        self.write_record({"finished": True, "overwrite": overwrite, **facts, "clips": clips})
-        if not failures:  # else they stay, so that a rerun has to make those of failed clips alone
-            shutil.rmtree(self.blocks, ignore_errors=True)
-        return facts["tokenized"], len(failures)
-
-
-def cautions(facts: dict, dataset: Dataset) -> list[str]:
-    """What the summary begins with, where there is cause."""
-    lines = []
-    if facts["weights"] == UNTRAINED:
-        lines += ["WARNING: untrained weights. These tokens rehearse the run and mean nothing.", ""]
-    texts = (text for clip in dataset.clips for text in (clip.fname, clip.labels, *clip.extra))
-    if formulas := sum(text[:1] in FORMULA for text in texts if text):
-        what = f"{formulas} names or labels begin with = + - or @"
-        lines += [f"WARNING: {what}, kept exact. Do not open the CSV in a spreadsheet program.", ""]
-    return lines
-
-
-def summary(facts: dict, records: list[Record], dataset: Dataset) -> str:
-    """The text summary: what was made, from what, how, and where the time went."""
-    done = [record for record in records if not record.error]
-    n, audio_s, chunks = len(done), sum(r.duration_s for r in done), sum(r.num_chunks for r in done)
-    rows, shape = chunks if facts["aggregate"] == "none" else n, facts["token_shape"]
-    padding = [s for r in done if (s := facts["target_duration"] - r.duration_s) > 0]
-    silent = [record.fname for record in done if record.silent]
-    failed = f" (see failed_{dataset.stem}.csv)" if facts["failed"] else ""
-    by = f", by {np.mean(padding):.2f} s on average" if padding else ""
-    lines = [
-        f"EnCodec tokens of {dataset.stem}",
-        "",
-        *cautions(facts, dataset),
-        f"Samples processed: {n}",
-        f"Failures: {facts['failed']}{failed}",
-        f"Rows: {rows}",
-        f"Average tokens per sample: {math.prod(shape) * rows / n:.1f}",
-        f"Average duration: {audio_s / n:.2f} s",
-        f"Total duration: {audio_s:.1f} s ({audio_s / 3600:.2f} h)",
-        f"Average chunks per sample: {chunks / n:.2f}",
-        f"Padded samples: {len(padding)}{by}",
-        f"Silent samples: {len(silent)}" + ": " * bool(silent) + ", ".join(silent),
-        "Token shapes (codebooks, frames):",
-        f"  {tuple(shape)}: {rows} rows",
-        "",
-        "Codes of the chunks, before they are averaged:",
-        *(
-            f"  codebook {k}: {used} of {NUM_CODES} codes in use ({used / NUM_CODES:.1%}), "
-            f"perplexity {even:.1f}"
-            for k, (used, even) in enumerate(zip(facts["codes_in_use"], facts["perplexity"]))
-        ),
-        "",
-        "Settings:",
-        *(f"  {key}: {value}" for key, value in facts.items()),
-        "",
-        "Seconds of work, summed over clips, threads and runs:",
-        f"  loading and resampling: {sum(r.load_s for r in records):.2f}",
-        f"  encoding: {sum(r.encode_s for r in records):.2f}",
+def code_counts(clips: list[Clip]) -> np.ndarray:
+    """Count how often each code occurs in the chunks of clips: [K, 1024]; [0, 1024] for none."""
+    books = zip(*(clip.codes.swapaxes(0, 1) for clip in clips))  # K of [N, F] a clip
+    counts = [
+        np.bincount(np.concatenate([codes.ravel() for codes in book]), minlength=NUM_CODES)
+        for book in books
     ]
-    return "\n".join(lines) + "\n"
+    return np.array(counts, dtype=np.int64).reshape(-1, NUM_CODES)
 
 
-# ------------------------------------------------------------- made from the CSV: pictures and more
-
-
-def read_rows(path: Path) -> Iterator[tuple[pd.DataFrame, np.ndarray]]:
-    """The CSV in parts: some rows without their tokens, and their codes [R, K, F]."""
-    import pandas as pd
-
-    names = pd.read_csv(path, nrows=0).columns
-    tokens = [name for name in names if re.fullmatch(r"token_\d+", name)]
-    types = dict.fromkeys(names.difference(tokens), str) | dict.fromkeys(tokens, np.uint16)
-    types |= {"num_tokens": np.int32, "num_chunks": np.int32, "duration_sec": float}
-    types |= {"chunk": np.int32, "start_sec": float} if "start_sec" in names else {}
-    with pd.read_csv(path, dtype=types, keep_default_na=False, chunksize=BLOCK_CLIPS) as parts:
-        for table in parts:
-            shape = map(int, re.findall(r"\d+", table["token_shape"].iloc[0]))
-            yield table.drop(columns=tokens), table[tokens].to_numpy().reshape(-1, *shape)
-
-
-def write_parquet(output: Output) -> Path:
-    """The rows again, with their tokens as one list column."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    temporary, writer = output.parquet.with_suffix(".tmp"), None
-    for table, codes in read_rows(output.csv):
-        rows = pa.Table.from_pandas(table, preserve_index=False)
-        tokens = pa.array(list(codes.reshape(len(codes), -1)), pa.list_(pa.uint16()))
-        rows = rows.append_column("tokens", tokens)
-        writer = writer or parquet.ParquetWriter(temporary, rows.schema)
-        writer.write_table(rows.cast(writer.schema))
-    writer.close()
-    temporary.replace(output.parquet)
-    return output.parquet
-
-
-def first_rows(path: Path) -> Iterator[tuple[pd.Series, np.ndarray]]:
-    """Of each clip its first row: the cells, by name, and the codes [K, F]."""
-    seen = set()
-    for table, codes in read_rows(path):
-        for (_, cells), row in zip(table.iterrows(), codes):
-            if (clip := (cells["fname"], cells["labels"])) not in seen:
-                seen.add(clip)
-                yield cells, row.copy()
-
-
-def first_chunk(settings: Settings, dataset: Dataset, fname: str) -> torch.Tensor | None:
-    """A clip's first chunk as the model hears it, [C, T]; None where it cannot be read any more."""
-    clip = load_clip(Clip(fname), replace(settings, device="cpu"), dataset.audio_dir)
-    if clip.error:
-        say(f"note: {fname} cannot be read any more: {clip.error}")
-    return clip.chunks[0] if clip.chunks else None
-
-
-@torch.no_grad()
-def write_listening(settings: Settings, output: Output, model: EncodecModel) -> Path:
-    """Pairs of WAV files for the first clips: their first chunk, and what their row decodes to."""
-    model = model.cpu()
-    shutil.rmtree(output.listen, ignore_errors=True)
-    output.listen.mkdir()
-    for i, (cells, codes) in enumerate(islice(first_rows(output.csv), settings.listen)):
-        heard = first_chunk(settings, output.dataset, cells["fname"])
-        if heard is None:
-            continue
-        frames = model.encode(heard[None])  # for the segments and their volumes
-        codes = torch.from_numpy(codes.astype(np.int64))
-        parts = codes.split([c.shape[2] for c, _ in frames], dim=1)
-        scaled = [(part[None], scale) for part, (_, scale) in zip(parts, frames)]
-        decoded = model.decode(scaled)[0, :, : heard.shape[1]]
-        name = f"{i:03d}_{re.sub(r'[^A-Za-z0-9_-]', '_', Path(cells['fname']).stem)}"
-        for kind, audio in {"heard": heard, "tokens": decoded}.items():
-            sf.write(output.listen / f"{name}_{kind}.wav", audio.T.numpy(), model.sample_rate)
-    return output.listen
-
-
-def write_picture(settings: Settings, output: Output) -> Path:
-    """Durations, chunks and codes in use; below, a short, a median and a long clip's tokens."""
-    from matplotlib.figure import Figure
-
-    record = output.record()
-    rows = sorted(first_rows(output.csv), key=lambda row: row[0]["duration_sec"])
-    shown = [rows[i] for i in dict.fromkeys([0, (len(rows) - 1) // 2, len(rows) - 1])]
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    weights = record["weights_file"] or record["weights"]
-    settled = f"{record['bandwidth']:g} kbps, aggregate {record['aggregate']}, weights {weights}"
-    figure.suptitle(f"{record['dataset']}: {record['model']}, {settled}", parse_math=False)
-    waves, maps = "defghi"[: len(shown)], "defghi"[len(shown) : 2 * len(shown)]
-    panels = figure.subplot_mosaic(f"abc;{waves:.<3};{maps:.<3}", height_ratios=(2, 1, 2))
-    draw_counts([panels[letter] for letter in "abc"], [clip for clip, _ in rows], record)
-    for wave, tokens, row in zip(waves, maps, shown):
-        draw_clip([panels[wave], panels[tokens]], row, settings, output.dataset)
-    for letter, panel in panels.items():
-        panel.set_title(letter, loc="left", fontweight="bold", fontsize="medium")
-        panel.spines[["top", "right"]].set_visible(False)
-    path = Path(settings.plot or output.picture)
-    if settings.plot and STEMS[settings.dataset][1:] and not settings.metadata:
-        path = path.with_stem(f"{path.stem}_{output.dataset.stem}")
-    figure.savefig(path, dpi=150)
-    return path
-
-
-def draw_counts(panels: list[Axes], clips: list[pd.Series], record: dict) -> None:
-    """How long the clips are, how many chunks they have, how the codes are used."""
-    lengths, counts, books = panels
-    blue, orange = "#0072b2", "#e69f00"
-    lengths.hist([clip["duration_sec"] for clip in clips], bins=40, color=blue)
-    lengths.set(xlabel="duration of a clip (s)", ylabel="clips")
-    chunks = Counter(clip["num_chunks"] for clip in clips)
-    counts.bar(chunks.keys(), chunks.values(), color=blue)
-    counts.set(xlabel="chunks of a clip", ylabel="clips")
-    numbers = np.arange(len(record["codes_in_use"]))
-    books.bar(numbers - 0.2, record["codes_in_use"], 0.4, color=blue, label="codes in use")
-    books.bar(numbers + 0.2, record["perplexity"], 0.4, color=orange, label="perplexity")
-    books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes")
-    books.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
-    for axis in (lengths.yaxis, counts.xaxis, counts.yaxis, books.xaxis):
-        axis.get_major_locator().set_params(integer=True)
-
-
-def draw_clip(panels: list[Axes], row: tuple, settings: Settings, dataset: Dataset) -> None:
-    """A clip's first chunk over the tokens of its row (see first_rows), with the padding shaded."""
-    wave, tokens = panels
-    clip, codes = row
-    chunk_s = settings.target_duration
-    heard = first_chunk(settings, dataset, clip["fname"])
-    if heard is not None:
-        wave.plot(np.linspace(0, chunk_s, heard.shape[1]), heard[0], color="black", linewidth=0.4)
-    name, labels = (textwrap.shorten(clip[key], 40) for key in ("fname", "labels"))
-    title = f"{name}, {clip['duration_sec']:.2f} s\n{labels}"
-    wave.set_title(title, fontsize="small", parse_math=False)
-    wave.set(xlim=(0, chunk_s), ylim=(-1, 1), yticks=(-1, 0, 1), ylabel="full scale")
-    # Codes are names: the colours of near ones are far apart.
-    shuffled = np.random.default_rng(0).permutation(NUM_CODES)[codes]
-    look = {"cmap": "turbo", "vmin": 0, "vmax": NUM_CODES, "interpolation": "nearest"}
-    tokens.imshow(shuffled, aspect="auto", extent=(0, chunk_s, len(codes) - 0.5, -0.5), **look)
-    tokens.set(xlabel="time in the chunk (s)", ylabel="codebook")
-    padded_from_s = min(clip["duration_sec"], chunk_s)
-    for panel in panels:
-        panel.axvspan(padded_from_s, chunk_s, color="0.5", alpha=0.4, linewidth=0)
-
-
-# ---------------------------------------------------------------------------------------------- run
-
-
-def together(function: Callable, *args: object, first: bool = False) -> object:
-    """Call `function` in every process, or in the first one for all: what it returns.
-
-    A UserError in one of torchrun's processes is raised in all, so that none waits for it.
-    """
-    result, error = None, None
+@contextmanager
+def replacing(path: Path, folder: Path) -> Iterator[Path]:
+    """A temporary path in `folder`, which replaces `path` atomically if the body succeeds."""
+    temporary = temporary_path(folder, path.suffix)
     try:
-        if RANK == 0 or not first:
-            result = function(*args)
-    except UserError as refusal:
-        error = str(refusal)
-    if WORLD_SIZE > 1:
-        everyones = gather((result if first else None, error))
-        result = everyones[0][0] if first else result
-        error = next((error for _, error in everyones if error), None)
-    if error:
-        raise UserError(error)
-    return result
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def gather(value: object) -> list:
-    """Every process's value, by rank."""
-    values = [value] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
+def temporary_path(folder: Path, suffix: str = "") -> Path:
+    return folder / f"{uuid.uuid4().hex}.tmp{suffix}"
 
 
-def join_process_group() -> None:
-    """Make torchrun's processes a gloo group, until they end.
-
-    After a restart torchrun's store still holds the addresses of the processes that died (torch
-    2.11): each attempt gets a prefix of its own. Nothing destroys the group: torch 2.6 then waits,
-    with Python's lock in hand, for a thread that wants it.
-    """
-    patience, attempt = timedelta(days=30), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=patience))
-    store = torch.distributed.PrefixStore(f"attempt_{attempt}", store)
-    torch.distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=size, timeout=patience
-    )
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk, so that its new name is never there before its bytes."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
-def identity(settings: Settings, dataset: Dataset, weights: str) -> dict:
-    """All that decides the rows, but for the audio: runs that agree in it may share blocks."""
-    packages = ("torch", "torchaudio", "encodec", "soundfile", "numpy")
-    decides = {f.name: getattr(settings, f.name) for f in fields(Settings) if f.metadata["decides"]}
-    return {
-        "dataset": dataset.stem,
-        "dataset_csv_sha256": sha256_of(dataset.csv_path),
-        **decides,
-        "weights": weights,
-        "device": settings.device.partition(":")[0],
-        "block_clips": BLOCK_CLIPS,
-        "versions": {"script": __version__, **{name: version(name) for name in packages}},
+def write_block(block: Block) -> None:
+    """Write a block's codes, facts and counts of codes in one atomic step."""
+    done = [clip for clip in block.clips if not clip.error]
+    for clip in done:
+        clip.shape = clip.rows.shape
+    facts = [[getattr(clip, name) for name in KEPT_FACTS] for clip in block.clips]
+    codes = [clip.rows.ravel() for clip in done]
+    arrays = {
+        "facts": np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8),
+        "codes": np.concatenate([*codes, []]).astype(np.uint16),
+        "counts": code_counts(done),
     }
+    with replacing(block.path, block.path.parent) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
-def refuse_disagreement(outputs: list[Output]) -> None:
-    """Raises UserError: torchrun's processes were started to make different rows."""
-    ours = [
-        {**o.run, "max_samples": len(o.dataset.clips), "output_dir": str(o.csv.parent)}
-        for o in outputs
-    ]
-    for rank, theirs in enumerate(gather(ours)):
-        pairs = zip_longest(theirs, ours, fillvalue={})
-        if other := "".join(changes(found, wanted) for found, wanted in pairs):
-            raise UserError(f"ranks {rank} and {RANK} have other settings or files:\n{other}")
+def read_block(block: Block) -> tuple[list[Clip], np.ndarray]:
+    """Read a block: its clips with their facts and rows, and the counts [K, 1024] of their codes.
 
-
-def machine(device: str) -> str:
-    """What the run's numbers were rounded on."""
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return f"{(models or [platform.processor()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
+    Raises RunError: the block is damaged. It is removed, so that the next run makes it again.
+    """
+    data = block.path.read_bytes()  # the disk's errors are not damage
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as members:
+            # ZipFile.read checks the CRC of a whole member; np.load on a path does not always.
+            facts, codes, counts = (
+                np.load(io.BytesIO(members.read(f"{name}.npy")))
+                for name in ("facts", "codes", "counts")
+            )
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged archive raises a dozen kinds
+        block.path.unlink(missing_ok=True)
+        raise RunError(
+            f"{block.path} was damaged ({error}); it is removed. The same command makes it again."
+        ) from error
+    clips, at = [], 0
+    for clip, kept in zip(block.clips, json.loads(facts.tobytes()), strict=True):
+        clip = replace(clip, **dict(zip(KEPT_FACTS, kept)))
+        clip.shape = tuple(clip.shape)
+        clip.rows = codes[at : at + math.prod(clip.shape)].reshape(clip.shape)
+        at += clip.rows.size
+        clips.append(clip)
+    return clips, counts
 
 
 class LogLines:
-    """Where tqdm writes what is no terminal: a line of its own each, with the time."""
+    """Turns tqdm's output into lines of a log file, each with the time."""
 
     def write(self, text: str) -> None:
         if text := text.strip():
-            say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", RANK)
+            say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
     def flush(self) -> None:
         pass
@@ -1874,21 +1695,25 @@ class LogLines:
 class Progress:
     """A bar on a terminal; in a log file a line every 30 s and at the end."""
 
-    def __init__(self, stem: str, num_clips: int, settings: Settings) -> None:
-        self.settings, self.started = settings, time.perf_counter()
-        self.failed, self.chunks = 0, 0
+    def __init__(self, job: Job, finished_clips: int) -> None:
+        self.settings, self.started = job.settings, time.perf_counter()
+        self.failed, self.chunks, self.audio_s = 0, 0, 0.0
         where = {"position": LOCAL_RANK}
         if not sys.stderr.isatty():
             text = "{desc}: {n_fmt} of {total_fmt} clips, {elapsed}, {remaining} left{postfix}"
             where = {"file": LogLines(), "mininterval": 30, "maxinterval": 60, "bar_format": text}
-        name = stem + f" [rank {RANK}]" * (WORLD_SIZE > 1)
-        self.bar = tqdm(total=num_clips, desc=name, unit="clip", delay=1e-9, **where)
+        name = job.dataset.stem
+        if WORLD_SIZE > 1:
+            name += f" [rank {RANK}]"
+        total = len(job.dataset.clips)
+        where |= {"initial": finished_clips, "delay": 1e-9}
+        self.bar = tqdm(total=total, desc=name, unit="clip", **where)
 
     def update(self, clip: Clip) -> None:
         self.failed += bool(clip.error)
         self.chunks += clip.num_chunks
-        audio_s = self.chunks * self.settings.target_duration  # padding included
-        speed = audio_s / (time.perf_counter() - self.started)
+        self.audio_s += clip.duration_s
+        speed = self.audio_s / (time.perf_counter() - self.started)
         facts = f"{self.chunks} chunks, {speed:.0f} s of audio/s, {self.failed} failed"
         self.bar.set_postfix_str(facts, refresh=False)
         self.bar.update()
@@ -1910,126 +1735,495 @@ def describe(clip: Clip) -> str:
     )
 
 
-def make_blocks(todo: list[int], output: Output, encoder: Encoder, settings: Settings) -> None:
-    """Tokenize the clips of the blocks in `todo`, and write each block when it is complete."""
-    dataset = output.dataset
-    blocks = [dataset.blocks[index] for index in todo]
-    progress = Progress(dataset.stem, sum(map(len, blocks)), settings)
-    clips = load_clips(chain.from_iterable(blocks), settings, dataset.audio_dir)
-    encoded = encode_clips(clips, encoder, settings)
+def in_own_order(blocks: list[Block]) -> list[Block]:
+    """Order the blocks for this process: its own share first, then the others' to help them.
+
+    The others' come from the last to the first, from a place that differs between processes, so
+    that helpers meet their owners, and each other, late.
+    """
+    own = blocks[RANK::WORLD_SIZE]
+    others = [b for i, b in enumerate(blocks) if i % WORLD_SIZE != RANK][::-1]
+    place = len(others) * RANK // WORLD_SIZE
+    return own + others[place:] + others[:place]
+
+
+def make_blocks(job: Job, missing: list[Block], encoder: Encoder) -> None:
+    """Tokenize the clips of the blocks that are missing when their turn comes.
+
+    Raises RunError: a file has changed while the run was at work.
+    """
+    progress = Progress(job, len(job.dataset.clips) - sum(len(block.clips) for block in missing))
+    at_work: deque[Block] = deque()  # from the loading of their first clip on
+
+    def turns() -> Iterator[Clip]:
+        wanted = set(missing)
+        for block in in_own_order(job.blocks):
+            if block not in wanted:
+                continue
+            if block.path.exists():  # another process has made it
+                progress.bar.update(len(block.clips))
+                continue
+            at_work.append(block)
+            yield from block.clips
+
+    loaded = load_clips(turns(), job.settings)
+    encoded = encode_clips(loaded, encoder)
     try:
-        for index, block in zip(todo, blocks):
-            for clip in islice(encoded, len(block)):
-                progress.update(clip)
-            output.write_block(index, make_block(block, settings, encoder.model))
-            for clip in block:
-                clip.codes, clip.latents = None, []
+        for clip in encoded:
+            progress.update(clip)
+            if not clip.error:
+                clip.rows = aggregate(clip, job.settings.aggregate, encoder.model)
+            if clip.ends_block:
+                block = at_work.popleft()
+                write_block(block)
+                for clip in block.clips:
+                    clip.codes, clip.latents, clip.rows = None, [], None
+    except (Exception, Interrupted):
+        kept = sum(len(block.clips) for block in job.blocks if block.path.exists())
+        say(f"{kept} of {len(job.dataset.clips)} clips are kept; the same command resumes there")
+        raise
     finally:
         encoded.close()
-        clips.close()
+        loaded.close()
         progress.bar.close()
 
 
-def run(settings: Settings) -> int:
-    """All that the command asks for. Returns the exit status."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    torch.set_num_threads(1)  # for every thread: no sum depends on the number of cores
-    if WORLD_SIZE > 1:
-        join_process_group()
-    with ExitStack() as locks:
-        settings = together(resolve_device, settings)
-        datasets = together(find_datasets, settings)
-        if WORLD_SIZE > 1:  # each node's first process downloads, the others find it there
-            together(lambda: LOCAL_RANK == 0 and find_weights(settings))
-        path = together(find_weights, settings)
-        model, weights = together(load_model, settings, path)
-        if weights == UNTRAINED:
-            warning = "WARNING: UNTRAINED WEIGHTS. The tokens rehearse the run and mean nothing."
-            say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
-        runs = [(dataset, identity(settings, dataset, weights)) for dataset in datasets]
-        outputs = [Output(settings.output_dir, *run) for run in runs]
-        together(refuse_disagreement, outputs)
-        attempts, plans = together(begin, outputs, settings, locks, first=True)
-        encoder = Encoder(model, settings) if any(plans) else None
-        statuses = []
-        for output, attempt, todo in zip(outputs, attempts, plans):
-            output.attempt = attempt
-            if todo:
-                make_blocks(todo[RANK::WORLD_SIZE], output, encoder, settings)
-            gather(None)  # all blocks are there
-            if RANK == 0:
-                facts = {"weights_file": path and path.name, "machine": machine(settings.device)}
-                statuses.append(finish(output, todo, settings, facts, model))
-        return max(statuses, default=0)
+# ------------------------------------------------------------------------------------------ outputs
 
 
-def begin(
-    outputs: list[Output], settings: Settings, locks: ExitStack
-) -> tuple[list[str], list[list[int] | None]]:
-    """Hold the outputs; the names of their attempts, what is to be made of each (Output.begin).
+def row_cells(clip: Clip, row: int, settings: Settings, columns: tuple[str, ...]) -> dict:
+    """The cells of a row before its tokens, by column. A new column is added here, and only here.
 
-    --overwrite makes all of them anew, each once: where such a run was interrupted, its records
-    have an id, and those that have it are gone on with.
+    `columns` are the names of the clip's extra cells.
     """
-    for output in outputs:
-        locks.enter_context(output.locked())
-    records = [output.record() or {} for output in outputs]
-    states = [output.state(output.record()) for output in outputs]
-    begun = [r.get("overwrite") for r, state in zip(records, states) if state == "unfinished"]
-    overwrite = next(filter(None, begun), uuid.uuid4().hex) if settings.overwrite else None
-    plans = [output.begin(overwrite) for output in outputs]
-    for output, todo in zip(outputs, plans):
-        num_clips = len(output.dataset.clips)
-        if todo is None:
-            say(f"{output.csv} is finished already ({num_clips} clips); --overwrite makes it anew")
-        elif len(todo) < len(output.dataset.blocks):
-            left = sum(len(output.dataset.blocks[index]) for index in todo)
-            say(f"going on after {num_clips - left} of {num_clips} clips")
-    return [output.attempt for output in outputs], plans
+    frames = clip.shape[1:]  # (K, F)
+    cells = {
+        "fname": clip.fname.encode(errors="backslashreplace").decode(),  # it may be no UTF-8
+        "labels": clip.labels,
+        "num_tokens": math.prod(frames),
+        "token_shape": str(tuple(frames)),
+        "num_chunks": clip.num_chunks,
+        "duration_sec": round(clip.duration_s, 6),
+    }
+    if settings.aggregate == "none":
+        start = clip.starts[row] / MODELS[settings.model].sample_rate if clip.starts else 0.0
+        cells |= {"chunk": row, "start_sec": round(start, 6)}
+    return cells | dict(zip(columns, clip.extra))
 
 
-def finish(
-    output: Output, todo: list[int] | None, settings: Settings, facts: dict, model: EncodecModel
-) -> int:
-    """Write a dataset's final files, and what is made from them. Returns the exit status."""
-    if todo is not None:
-        done, failed = output.join(facts)
-        if not done:
-            say(f"error: none of the {failed} clips could be tokenized, see {output.failed}")
-            return 1
-        failures = f", {failed} failed (see {output.failed})" if failed else ""
-        report(f"{output.csv}: {done} clips{failures}. Summary: {output.summary}")
-    if settings.parquet:
-        report(f"Parquet: {write_parquet(output)}")
-    if settings.plot is not None:
-        report(f"Picture: {write_picture(settings, output)}")
-    if settings.listen:
-        report(f"To listen: {write_listening(settings, output, model)}")
+def csv_line(cells: Iterable[object]) -> bytes:
+    """A line of a CSV. (Python 3.11's csv module leaves a lone carriage return unquoted.)
+
+    Names that are no UTF-8 (surrogates) are escaped.
+    """
+
+    def quoted(text: str) -> str:
+        return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
+
+    line = ",".join(quoted(str(cell)) for cell in cells)
+    return line.encode(errors="backslashreplace") + b"\n"
+
+
+def code_texts(separator: str) -> np.ndarray:
+    """The text of every code, with a separator behind it, padded with NUL: [1024]."""
+    return np.array([f"{code}{separator}".encode() for code in range(NUM_CODES)])
+
+
+COMMAS, SPACES = code_texts(","), code_texts(" ")
+
+
+def token_text(codes: np.ndarray, texts: np.ndarray) -> bytes:
+    """All codes in one line of text."""
+    return texts[codes.ravel()].tobytes().translate(None, b"\0")[:-1]
+
+
+class Totals:
+    """Everything that the summary, the JSON and the picture say about all clips together."""
+
+    def __init__(self) -> None:
+        self.clips: list[Clip] = []  # without their rows
+        self.counts = np.zeros((0, NUM_CODES), np.int64)  # [K, 1024] of the chunks' codes
+        self.shapes: Counter[tuple[int, int]] = Counter()  # (K, F) of the rows
+
+    def add(self, clips: list[Clip], counts: np.ndarray) -> None:
+        self.clips += [replace(clip, rows=None) for clip in clips]
+        self.shapes.update(clip.shape[1:] for clip in clips for _ in clip.rows)
+        if len(counts):
+            self.counts = counts + (self.counts if len(self.counts) else 0)
+
+    @cached_property
+    def done(self) -> list[Clip]:
+        return [clip for clip in self.clips if not clip.error]
+
+    @cached_property
+    def failures(self) -> list[Clip]:
+        return [clip for clip in self.clips if clip.error]
+
+    def facts(self) -> dict:
+        shares = self.counts / self.counts.sum(axis=1, keepdims=True)
+        logs = np.log(np.where(shares > 0, shares, 1))
+        return {
+            "num_clips": len(self.clips),
+            "tokenized": len(self.done),
+            "failed": len(self.failures),
+            "token_shape": list(self.shapes)[0] if len(self.shapes) == 1 else None,
+            "codes_in_use": (self.counts > 0).sum(axis=1).tolist(),
+            # So many codes, used evenly, would be as varied.
+            "perplexity": np.exp(-(shares * logs).sum(axis=1)).round(1).tolist(),
+        }
+
+
+def write_csv(job: Job, path: Path) -> Totals:
+    """Write the CSV from the blocks. Returns the totals; the file is empty if all clips failed."""
+    totals, settings, has_header = Totals(), job.settings, False
+    with path.open("wb") as file:
+        for block in job.blocks:
+            clips, counts = read_block(block)
+            totals.add(clips, counts)
+            for clip in clips:
+                for row, codes in enumerate(clip.rows):
+                    cells = row_cells(clip, row, settings, job.dataset.columns)
+                    if not has_header:
+                        tokens = [f"token_{i}" for i in range(codes.size)]
+                        file.write(csv_line([*cells, *(["tokens"] if settings.whole else tokens)]))
+                        has_header = True
+                    text = token_text(codes, SPACES if settings.whole else COMMAS)
+                    file.write(csv_line(cells.values())[:-1] + b"," + text + b"\n")
+    return totals
+
+
+def write_parquet(job: Job, path: Path) -> None:
+    """Write the rows with their tokens as one list column of uint16."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    writer = None
+    for block in job.blocks:
+        clips = read_block(block)[0]
+        rows = [(clip, row) for clip in clips for row in range(len(clip.rows))]
+        if not rows:
+            continue
+        cells = [row_cells(clip, row, job.settings, job.dataset.columns) for clip, row in rows]
+        tokens = pa.array([clip.rows[row].ravel() for clip, row in rows], pa.list_(pa.uint16()))
+        table = pa.Table.from_pylist(cells).append_column("tokens", tokens)
+        writer = writer or parquet.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+    writer.close()
+
+
+def write_json(job: Job, path: Path, facts: dict, totals: Totals) -> None:
+    """Write down what made the CSV, and the stamps of the files behind its rows."""
+    content = {
+        **facts,
+        "table_sha256": job.table_sha256(),
+        "blocks": [block.path.name for block in job.blocks],
+    }
+    clips = ",\n".join("    " + json.dumps([clip.fname, clip.stamp]) for clip in totals.done)
+    head = json.dumps(content, indent=2).removesuffix("\n}")
+    path.write_text(f'{head},\n  "clips": [\n{clips}\n  ]\n}}\n', encoding="utf-8")
+
+
+def summary(job: Job, facts: dict, totals: Totals) -> str:
+    """The text summary: what was made, from what, how, and where the time went."""
+    done, stem = totals.done, job.dataset.stem
+    n, audio_s = len(done), sum(clip.duration_s for clip in done)
+    rows = sum(totals.shapes.values())
+    lengths = sorted(math.prod(shape) for shape in totals.shapes.elements())
+    silent = [clip.fname for clip in done if clip.silent]
+    lines = [f"EnCodec tokens of {stem}", ""]
+    if facts["weights"] == UNTRAINED:
+        lines += ["WARNING: untrained weights. These tokens rehearse the run and mean nothing.", ""]
+    failed = f" (see failed_{stem}.csv)" if totals.failures else ""
+    lines += [
+        f"Samples processed: {n}",
+        f"Failures: {len(totals.failures)}{failed}",
+        f"Rows: {rows}",
+        f"Average tokens per sample: {sum(lengths) / n:.1f}",
+        f"Tokens per row: {lengths[0]} to {lengths[-1]}, median {median(lengths):g}",
+        f"Tokens in all: {sum(lengths)}",
+        f"Average duration: {audio_s / n:.2f} s",
+        f"Total duration: {audio_s:.1f} s ({audio_s / 3600:.2f} h)",
+    ]
+    if not job.settings.whole:
+        missing = [job.settings.target_duration - clip.duration_s for clip in done]
+        padding = [seconds for seconds in missing if seconds > 0]
+        by = f", by {sum(padding) / len(padding):.2f} s on average" if padding else ""
+        chunks = sum(clip.num_chunks for clip in done)
+        lines += [
+            f"Average chunks per sample: {chunks / n:.2f}",
+            f"Padded samples: {len(padding)}{by}",
+        ]
+    lines += [
+        f"Silent samples: {len(silent)}" + (f": {', '.join(silent)}" if silent else ""),
+        "Token shapes (codebooks, frames), the most frequent first:",
+        *(f"  {shape}: {count} rows" for shape, count in totals.shapes.most_common(10)),
+    ]
+    if len(totals.shapes) > 10:
+        lines += [f"  and {len(totals.shapes) - 10} more shapes"]
+    lines += ["", "Codes of the chunks, before they are averaged:"]
+    for k, (used, even) in enumerate(zip(facts["codes_in_use"], facts["perplexity"])):
+        share = f"{used} of {NUM_CODES} codes in use ({used / NUM_CODES:.1%})"
+        lines += [f"  codebook {k}: {share}, perplexity {even:.1f}"]
+    lines += ["", "Settings:", *(f"  {key}: {value}" for key, value in facts.items())]
+    lines += [
+        "",
+        "Seconds of work, summed over clips and threads:",
+        f"  loading and resampling: {sum(clip.load_s for clip in totals.clips):.2f}",
+        f"  encoding: {sum(clip.encode_s for clip in totals.clips):.2f}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_outputs(job: Job, weights_file: str | None) -> int:
+    """Write every output from the blocks, and replace the old ones when all are complete.
+
+    Returns the exit status: 1 if no clip could be tokenized; an old CSV then stays as it is.
+    """
+    workplace, settings = job.blocks_dir, job.settings
+    for stale in workplace.glob("*.tmp*"):  # a younger one may belong to a living process
+        if time.time() - stale.stat().st_mtime > 86_400:
+            stale.unlink(missing_ok=True)
+    new = {path: temporary_path(workplace) for path in (job.csv, job.json, job.summary)}
+    try:
+        totals = write_csv(job, new[job.csv])
+        if totals.failures:
+            new[job.failed] = temporary_path(workplace)
+            lines = [("fname", "error"), *((clip.fname, clip.error) for clip in totals.failures)]
+            new[job.failed].write_bytes(b"".join(map(csv_line, lines)))
+        if not totals.done:
+            return report_no_rows(job, totals, new[job.failed])
+        made_by = {"weights_file": weights_file, "machine": machine(settings.device)}
+        facts = {"dataset": job.dataset.stem, **job.identity, **made_by, **totals.facts()}
+        write_json(job, new[job.json], facts, totals)
+        text = summary(job, facts, totals).encode(errors="backslashreplace")
+        new[job.summary].write_bytes(text)
+        if settings.parquet:
+            new[job.parquet] = temporary_path(workplace)
+            write_parquet(job, new[job.parquet])
+        if settings.plot is not None:
+            new[picture_path(job)] = temporary_path(workplace, picture_path(job).suffix)
+            write_picture(job, facts, totals, new[picture_path(job)])
+        for temporary in new.values():
+            sync(temporary)
+        job.refuse_to_lose_rows()  # another run may have finished meanwhile
+        put_in_place(job, new)
+    finally:
+        for temporary in new.values():
+            temporary.unlink(missing_ok=True)
+    report(f"{job.csv}: {counts_of(job, facts)}. Summary: {job.summary}")
+    for path, name in ((job.parquet, "Parquet"), (picture_path(job), "Picture")):
+        if path in new:
+            report(f"{name}: {path}")
     return 0
 
 
+def put_in_place(job: Job, new: dict[Path, Path]) -> None:
+    """Rename the complete outputs over the old ones, the CSV last: a CSV that is there is whole."""
+    job.csv.unlink(missing_ok=True)
+    for old in (job.failed, job.parquet, job.picture):  # views of the old rows
+        if old not in new:
+            old.unlink(missing_ok=True)
+    for path in [*(path for path in new if path != job.csv), job.csv]:
+        shutil.move(new[path], path)
+
+
+def report_no_rows(job: Job, totals: Totals, failed: Path) -> int:
+    """Say that all clips failed, beside the reasons unless these belong to an older CSV."""
+    reasons = f"the first: {totals.failures[0].fname}: {totals.failures[0].error}"
+    if job.csv.exists():
+        reasons += f"; {job.csv} stays as it is"
+    else:
+        failed.replace(job.failed)
+        reasons += f"; all: {job.failed}"
+    say(f"error: none of the {len(totals.clips)} clips could be tokenized ({reasons})")
+    return 1
+
+
+def counts_of(job: Job, facts: dict) -> str:
+    failed = f", {facts['failed']} failed (see {job.failed})" if facts["failed"] else ""
+    return f"{facts['num_clips']} clips: {facts['tokenized']} tokenized{failed}"
+
+
+def machine(device: str) -> str:
+    """The processor's name, for the JSON."""
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return models[0] if models else platform.processor()
+
+
 def report(text: str) -> None:
-    """Print a result. Where nobody can read it any more, the files are there all the same."""
+    """Print a result. A closed stdout is no error: the files are there all the same."""
     try:
         print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+# ------------------------------------------------------------------------------------- the picture
+
+
+def picture_path(job: Job) -> Path:
+    """A relative name lies in --output_dir; a name without a suffix is a PNG."""
+    if not job.settings.plot:
+        return job.picture
+    path = job.folder / job.settings.plot
+    path = path if path.suffix else path.with_suffix(".png")
+    several = len(STEMS[job.settings.dataset]) > 1
+    if several and not (job.settings.metadata or job.settings.audio_dir):
+        path = path.with_stem(f"{path.stem}_{job.dataset.stem}")
+    return path
+
+
+def write_picture(job: Job, facts: dict, totals: Totals, path: Path) -> None:
+    """Draw durations, chunks and codes in use; below, a short, a median and a long clip's tokens.
+
+    The figure is as wide as a page (7.2 in), with text of 8 pt, and PDFs hold TrueType fonts.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    done = sorted(totals.done, key=lambda clip: clip.duration_s)
+    shown = [done[i] for i in dict.fromkeys([0, (len(done) - 1) // 2, len(done) - 1])]
+    waves, maps = "defghi"[: len(shown)], "defghi"[len(shown) : 2 * len(shown)]
+    weights = facts["weights_file"] or facts["weights"]
+    how = "whole clips" if job.settings.whole else f"aggregate {job.settings.aggregate}"
+    made = f"{facts['model']}, {facts['bandwidth']:g} kbps, {how}, weights {weights}"
+    style = {"font.size": 8, "axes.titlesize": 8, "figure.titlesize": 9, "pdf.fonttype": 42}
+    with rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(7.2, 6.4), layout="constrained")
+        figure.suptitle(f"{job.dataset.stem}: {made}", parse_math=False)
+        panels = figure.subplot_mosaic(f"abc;{waves:.<3};{maps:.<3}", height_ratios=(2, 1, 2))
+        draw_counts([panels[letter] for letter in "abc"], totals, facts)
+        for wave, tokens, clip in zip(waves, maps, shown):
+            draw_clip([panels[wave], panels[tokens]], clip, job)
+        for letter, panel in panels.items():
+            panel.set_title(letter, loc="left", fontweight="bold")
+        part = "the clip" if job.settings.whole else "the clip's first chunk"
+        figure.supxlabel(
+            f"{waves[0]} to {waves[-1]}: {part}. {maps[0]} to {maps[-1]}: the codes of its (first) "
+            "row. Grey is zero padding.\nColours tell codes apart and have no order.",
+            fontsize=8,
+        )
+        figure.savefig(path, dpi=300)
+
+
+def draw_counts(panels: list[Axes], totals: Totals, facts: dict) -> None:
+    """Draw how long the clips are, how many chunks they have, how the codes are used."""
+    lengths, counts, books = panels
+    blue, orange = "#0072b2", "#e69f00"
+    lengths.hist([clip.duration_s for clip in totals.done], bins=40, color=blue)
+    lengths.set(xlabel="duration of a clip (s)", ylabel="clips")
+    chunks = Counter(clip.num_chunks for clip in totals.done)
+    counts.bar(chunks.keys(), chunks.values(), color=blue)
+    counts.set(xlabel="chunks of a clip", ylabel="clips")
+    numbers = np.arange(len(facts["codes_in_use"]))
+    books.bar(numbers - 0.2, facts["codes_in_use"], 0.4, color=blue, label="in use")
+    books.bar(numbers + 0.2, facts["perplexity"], 0.4, color=orange, label="perplexity")
+    books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes")
+    books.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), handlelength=1)
+    for axis in (lengths.yaxis, counts.xaxis, counts.yaxis, books.xaxis):
+        axis.get_major_locator().set_params(integer=True)
+
+
+def draw_clip(panels: list[Axes], clip: Clip, job: Job) -> None:
+    """Draw a clip's first chunk over the codes of its first row, with the padding in grey."""
+    wave, tokens = panels
+    settings = replace(job.settings, device="cpu")
+    chunk_s = clip.duration_s if settings.whole else settings.target_duration
+    heard = load_clip(Clip(clip.fname, path=clip.path, stamp=clip.stamp), settings)
+    if heard.chunks:
+        samples = heard.chunks[0][0]
+        wave.plot(np.linspace(0, chunk_s, len(samples)), samples, color="black", linewidth=0.4)
+    else:
+        say(f"note: {clip.fname} cannot be drawn any more: {heard.error}")
+    name, labels = (textwrap.shorten(text, 26) for text in (clip.fname, clip.labels))
+    wave.set_title(f"{name}, {clip.duration_s:.2f} s\n{labels}", parse_math=False)
+    wave.set(xlim=(0, chunk_s), ylim=(-1, 1), yticks=(-1, 0, 1), ylabel="full scale")
+    (block,) = (block for block in job.blocks if any(c.fname == clip.fname for c in block.clips))
+    row = next(c for c in read_block(block)[0] if c.fname == clip.fname).rows[0]  # [K, F]
+    look = {"cmap": code_colours(), "vmin": 0, "vmax": NUM_CODES - 1, "interpolation": "nearest"}
+    tokens.imshow(row, aspect="auto", extent=(0, chunk_s, len(row) - 0.5, -0.5), **look)
+    tokens.set(xlabel="time (s)", ylabel="codebook")
+    tokens.yaxis.get_major_locator().set_params(integer=True)
+    for panel in panels:
+        start_s = min(clip.duration_s, chunk_s)
+        panel.axvspan(start_s, chunk_s, color="0.5", alpha=0.4, linewidth=0)
+
+
+def code_colours() -> ListedColormap:
+    """A colour for each code; the numbers' neighbours look unlike each other.
+
+    Hue, saturation and value follow the R3 sequence (powers of 1 / 1.2207, the root of
+    x^4 = x + 1), which spreads points evenly.
+    """
+    from matplotlib.colors import ListedColormap, hsv_to_rgb
+
+    hue, saturation, value = np.outer(1.2207 ** -np.arange(1.0, 4), np.arange(NUM_CODES)) % 1
+    return ListedColormap(hsv_to_rgb(np.stack([hue, 0.3 + 0.7 * saturation, 0.4 + 0.6 * value], 1)))
+
+
+# ---------------------------------------------------------------------------------------------- run
+
+
+def run(settings: Settings) -> int:
+    """Do all that the command asks for. Returns the exit status."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    torch.set_num_threads(1)  # for every thread: no sum depends on the number of cores
+    settings = resolve_device(settings)
+    datasets = find_datasets(settings)
+    weights_path = find_weights(settings)
+    model, weights = load_model(settings, weights_path)
+    jobs = [Job(settings, dataset, weights) for dataset in datasets]
+    for job in jobs:  # before anything is made
+        job.refuse_to_lose_rows()
+    plans = [(job, [] if job.is_finished() else job.missing_blocks()) for job in jobs]
+    if weights == UNTRAINED:
+        warning = "WARNING: UNTRAINED WEIGHTS. The tokens rehearse the run and mean nothing."
+        say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
+    encoder = Encoder(model, settings) if any(missing for _, missing in plans) else None
+    return max(
+        [
+            finish(job, missing, encoder, weights_path and weights_path.name)
+            for job, missing in plans
+        ]
+    )
+
+
+def finish(
+    job: Job, missing: list[Block], encoder: Encoder | None, weights_file: str | None
+) -> int:
+    """Make a dataset's missing blocks; the first process then writes the outputs."""
+    gone = [clip.fname for clip in job.dataset.clips if clip.is_gone]
+    if gone:
+        say(f"note: {len(gone)} clips' files are gone; their rows stay: {some_of(gone)}")
+    if job.is_finished():
+        say(f"{job.csv} is finished already: {counts_of(job, job.read_record())}")
+        return 0
+    if missing:
+        make_blocks(job, missing, encoder)
+    return write_outputs(job, weights_file) if RANK == 0 else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's own). Returns the exit status.
 
-    0: finished, failed clips listed. 1: nothing could be tokenized, or the run broke. 2: usage,
-    dataset or weights not found, output that would be replaced. 130, 143: interrupted.
+    0: finished, failed clips are listed. 1: nothing could be tokenized, or the run broke. 2: usage,
+    dataset or weights not found, a CSV would lose rows. 130, 143: interrupted.
     """
-    settings = parse_settings(argv)
-    # tqdm's own is a semaphore, of which macOS and Python 3.14 say that it was left over.
+    return run_guarded(parse_settings(argv))
+
+
+def run_guarded(settings: Settings) -> int:
+    """Call `run`; every error becomes a sentence and an exit status."""
+    # tqdm's own lock is a semaphore, which macOS and Python 3.14 report as leaked.
     tqdm.set_lock(threading.RLock())
-    for name in ("stdout", "stderr"):  # None where they were closed
+    for name in ("stdout", "stderr"):  # None if they were closed
         stream = getattr(sys, name) or open(os.devnull, "w")
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
-            stream.reconfigure(errors="backslashreplace")  # names that are no UTF-8
+            stream.reconfigure(errors="backslashreplace")  # for names that are no UTF-8
         setattr(sys, name, stream)
 
     def interrupt(number: int, _: object) -> None:
@@ -2041,28 +2235,29 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(settings)
     except Interrupted as interrupted:
-        say("interrupted; the finished blocks are kept: the same command goes on after them")
+        say("interrupted")
         return interrupted.args[0]
     except UserError as error:
         status, message = 2, str(error)
+    except RunError as error:
+        status, message = 1, str(error)
     except Exception as error:
         if settings.debug:
             traceback.print_exc()
-        status, message = 1, f"{type(error).__name__}: {error}\nThe finished blocks are kept: "
-        message += "the same command goes on after them (--debug shows a traceback)"
+        status, message = 1, f"{type(error).__name__}: {error} (--debug shows a traceback)"
     finally:
         torch.set_num_threads(THREADS)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    say(f"error: {message}", RANK if status == 1 else 0)  # refusals are every process's
+    say(f"error: {message}")
     return status
 
 
 def leave(status: int) -> None:
-    """End the process at once, with all that was printed.
+    """End the process at once, after all output.
 
-    To tidy up takes PyTorch most of a second, and threads may be encoding for longer. With %run the
-    process is a notebook's, which goes on.
+    PyTorch takes most of a second to tidy up, and threads may encode for longer. With %run the
+    process is a notebook's, which has to live on.
     """
     if "IPython" in sys.modules:
         sys.exit(status)
@@ -2073,4 +2268,4 @@ def leave(status: int) -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave(run_guarded(SETTINGS))
