@@ -46,6 +46,7 @@ import traceback
 import uuid
 import warnings
 import zipfile
+import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,7 +59,7 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -574,7 +575,8 @@ def read_stamp(path: Path) -> str:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             return "not a plain file"
-        if not os.access(path, os.R_OK):
+        effective = os.access in os.supports_effective_ids
+        if not os.access(path, os.R_OK, effective_ids=effective):
             return f"cannot be opened: {os.strerror(errno.EACCES)}"
         return f"{status.st_size} {int(status.st_mtime)}"
     except OSError as error:
@@ -819,152 +821,186 @@ class BadClip(Exception):
     """A clip cannot be tokenized. The message is its reason in failed_<stem>.csv."""
 
 
-NO_HEADER = "raw samples: there is no header that says what they are"
-UNKNOWN_FORMAT = 1, 4  # libsndfile's errors that say so: of the file's form, of its encoding
-MACHINE_FAULTS = {2: errno.EIO, 17: errno.ENOMEM}  # its failed system calls, its failed malloc
+UNKNOWN_FORMAT = 1, 4  # libsndfile's errors: the format or the encoding is unknown
+MACHINE_FAULTS = {2: errno.EIO, 17: errno.ENOMEM}  # libsndfile's: a system call or malloc failed
+PIPED = 2**31 - 2**24  # bytes; programs that write to a pipe give sizes from here on
+MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # each byte's bits, reversed
 
 
 class Stream(sf.SoundFile):
-    """A file that is read from its start to its end, whatever length its header gives.
-
-    SoundFile.read asks for no more than the header promises, and .blocks() gives what the header
-    promises, whether it was read or not.
-    """
+    """A file that is only read onwards; soundfile seeks otherwise, which some FLAC streams lack."""
 
     def seekable(self) -> bool:
         return False
 
 
-@contextmanager
-def open_audio(path: Path) -> Iterator[Stream]:
-    """A file for reading, with the particulars of three formats.
-
-    MP3 goes through a pipe: libsndfile estimates a length from the size of what it can seek in, and
-    reads no further; from a pipe it reads all, and takes a cut for an error. A WAV whose sizes were
-    never filled in gets that of its audio. Of OGG streams in a row libsndfile knows the first
-    alone, and a cut one passes for a shorter one.
-    """
-    name = os.fsencode(path) if os.name == "posix" else path  # it may be no UTF-8
-    with Stream(name) as file:
-        kind = file.format
-        if kind == "RAW":  # libsndfile's guess from a name in .au, .snd, .vox or .gsm
-            raise BadClip(NO_HEADER)
-        if kind not in ("MP3", "OGG") and (kind != "WAV" or file.frames):
-            yield file
-            return
-    data = bytearray(path.read_bytes())
-    if kind == "MP3":
-        # The frame that gives the length, at each start of what an encoder wrote.
-        if len(re.findall(rb"\xff[\xe2-\xff].{2}\0{9,32}(?:Xing|Info)", data, re.DOTALL)) > 1:
-            raise BadClip("several MP3 files in one; the first alone could be read")
-        source, sink = os.pipe()
-        threading.Thread(target=feed, args=(sink, data), daemon=True).start()
-        with Stream(source) as file:
-            yield file
-        return
-    if kind == "OGG":
-        pages = [match.start() for match in re.finditer(rb"OggS\0[\0-\7]", data)]
-        last = data[pages[-1] :]  # flags in its byte 5: 2 begins a stream, 4 ends it (RFC 3533)
-        if any(data[page + 5] & 2 for page in pages[1:]):
-            raise BadClip("several OGG streams in one; the first alone could be read")
-        sizes = last[27 : 27 + last[26]] if len(last) > 27 else b""
-        if not last[5] & 4 or not sizes or len(last) < 27 + len(sizes) + sum(sizes):
-            raise BadClip("truncated: its last page is not there")
-    elif int.from_bytes(data[4:8], "little") + 8 < len(data) < 2**32:
-        at = data.find(b"data") + 8
-        data[at - 4 : at] = (len(data) - at).to_bytes(4, "little")
-    with Stream(io.BytesIO(data)) as file:
-        yield file
-
-
-def feed(sink: int, data: bytes) -> None:
-    """Write to a pipe until all is there or its reader has closed it."""
-    with suppress(BrokenPipeError), os.fdopen(sink, "wb") as file:
-        file.write(data)
-
-
 def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.Tensor, int]:
-    """Read a clip and mix it to the model's channels.
+    """Read a clip: samples [channels, T] in float32 at the file's own rate, and that rate in Hz.
 
-    soundfile first: libsndfile reads WAV, FLAC, OGG and MP3 with nothing to install. A format that
-    it does not know goes to torchaudio.load, which since 2.9 needs TorchCodec and FFmpeg; a damaged
-    file does not, for FFmpeg plays what is left of it. What counts is what was decoded; it is
-    compared with what the header promises where that is exact.
-
-    Returns samples [channels, T] in float32, at the file's own rate; that rate in Hz.
-    Raises BadClip. OSError, MemoryError: the machine's.
+    Raises BadClip: the file is at fault. OSError, MemoryError: the machine is at fault.
     """
-    if path.suffix.lower() == ".raw":  # soundfile goes by this name, and wants to be told the rest
-        raise BadClip(NO_HEADER)
-    try:
-        with open_audio(path) as file:
-            samples, rate = decode(file, channels, max_duration_s), file.samplerate
-    except sf.LibsndfileError as error:
-        with path.open("rb") as file:  # raises what the system has against it; libsndfile hides it
-            if re.fullmatch(rb"[\t\n\r -~]+", file.read(4096)):
-                raise BadClip("not audio: it holds text") from error
-        reason = error.error_string.strip()
-        if error.code in MACHINE_FAULTS:
-            raise OSError(MACHINE_FAULTS[error.code], reason, str(path)) from error
-        if error.code not in UNKNOWN_FORMAT:
-            what = "damaged, or of a kind that libsndfile cannot decode"
-            raise BadClip(f"{what} ({reason})") from error
-        samples, rate = decode_by_torchaudio(path, channels, max_duration_s, reason)
+    with path.open("rb") as file:
+        try:
+            samples, rate = decode_file(file, channels, max_duration_s)
+        except (BadClip, sf.LibsndfileError) as error:
+            file.seek(0)
+            while file.read(2**20):  # raises an I/O error that libsndfile has hidden
+                pass
+            if isinstance(error, BadClip):
+                raise
+            samples, rate = decode_by_torchaudio(path, channels, max_duration_s, error)
     if samples.shape[1] == 0:
         raise BadClip("no samples: the file holds a header and no audio")
-    if not samples.abs().max() < 1e6:  # so that NaN counts
+    if not samples.abs().max() < 1e6:  # NaN is not below anything
         raise BadClip("NaN, infinite or absurdly large samples; audio lies within -1 and 1")
     return samples, rate
 
 
-def decode(file: Stream, channels: int, max_duration_s: float) -> torch.Tensor:
-    """All that a file holds, as [channels, T]; in pieces, so that no header reserves memory."""
-    rate, promised = file.samplerate, file.frames
-    too_long = f"s long, --max_duration is {max_duration_s:g} s"
+def decode_file(file: BinaryIO, channels: int, max_duration_s: float) -> tuple[torch.Tensor, int]:
+    """Read a file by libsndfile, after the checks that libsndfile leaves out for its format."""
+    with Stream(file.fileno(), closefd=False) as audio:
+        kind = audio.format
+        if kind == "WAV" and audio.subtype.startswith("MPEG"):
+            raise BadClip("an MP3 inside a WAV, whose length libsndfile only estimates")
+        if kind not in ("MP3", "OGG", "W64", "CAF") and audio.frames:
+            return decode(audio, channels, max_duration_s)
+    file.seek(0)
+    data = bytearray(file.read())
+    if kind == "MP3":
+        return decode_mp3(data, channels, max_duration_s)
+    if kind == "OGG":
+        check_ogg(data)
+    elif kind in ("W64", "CAF"):
+        check_end(data, kind)
+    elif kind in ("WAV", "WAVEX"):
+        # A program that writes to a pipe may leave a size of 0 for the audio, and one for the file
+        # that is 0 or ends there. libsndfile takes such audio to the file's end if that is 8.
+        size = int.from_bytes(data[4:8], "little")
+        at_audio = data[size : size + 8] == b"data\0\0\0\0"
+        tagged = re.match(rb"TAG|ID3|id3 |LIST", data[size + 8 :])
+        if size == 0 or (at_audio and not tagged):
+            data[4:8] = b"\x08\0\0\0"
+    with Stream(io.BytesIO(data)) as audio:
+        return decode(audio, channels, max_duration_s)
+
+
+def decode(audio: Stream, channels: int, max_duration_s: float) -> tuple[torch.Tensor, int]:
+    """Read an open file to its end, in pieces, so that no wrong header reserves memory."""
+    rate, promised = audio.samplerate, audio.frames
     if not 1_000 <= rate <= 1_000_000:
         raise BadClip(f"a sample rate of {rate} Hz is not plausible")
-    knows_length = promised < 2**40  # FLAC and MP3 streams may not: they say some 2^48 and 2^63
+    knows_length = promised < 2**40  # a FLAC stream may say 2^48, an MP3 stream 2^63
     if knows_length and promised > max_duration_s * rate:
-        raise BadClip(f"{promised / rate:.0f} {too_long}")
-    # libsndfile cuts the length to what is there and says so in its log only, for the sizes of WAV
-    # (data), AIFF (SSND), AU, W64 (riff) and RF64. Sizes near 2 GiB and above are what streaming
-    # writers leave that could not know better.
-    sizes = r"^ *(?:data|SSND|riff|Data Size|Riff size) *: (\d+) \(should be (\d+)\)"
-    for claimed, there in re.findall(sizes, file.extra_info, re.MULTILINE):
-        if int(there) < int(claimed) < 2**31 - 2**20:
+        raise BadClip(f"{promised / rate:.6g} s long, --max_duration is {max_duration_s:g} s")
+    # libsndfile reduces the size of WAV (data), AIFF (SSND), AU and RF64 to what is there, and says
+    # so only in its log.
+    sizes = r"^ *(?:data|SSND|Data Size|Riff size) *: (\d+) \(should be (\d+)\)"
+    for claimed, there in re.findall(sizes, audio.extra_info, re.MULTILINE):
+        if int(there) < int(claimed) < PIPED:
             raise BadClip(f"truncated: {there} of {claimed} bytes of audio are there")
     pieces, length = [torch.empty(channels, 0)], 0
-    while len(piece := file.read(2**20 // file.channels, dtype="float32", always_2d=True)):
+    frames = min(2**20 // audio.channels, promised + 1)  # libsndfile zeroes what it cannot fill
+    while len(piece := audio.read(frames, dtype="float32", always_2d=True)):
         pieces.append(mix_channels(torch.from_numpy(piece.T), channels))
         length += len(piece)
         if length > max_duration_s * rate:
-            raise BadClip(f"more than {length / rate:.0f} {too_long}")
+            raise BadClip(f"longer than --max_duration, which is {max_duration_s:g} s")
     if knows_length and length < promised:
         raise BadClip(f"truncated: {length} of {promised} samples are there")
-    return torch.cat(pieces, dim=1)
+    return torch.cat(pieces, dim=1), rate
+
+
+def decode_mp3(data: bytes, channels: int, max_duration_s: float) -> tuple[torch.Tensor, int]:
+    """Read an MP3 through a pipe: libsndfile then reads all and reports a truncated frame.
+
+    In a file, it estimates the length from the size and stops there.
+    """
+    source, sink = os.pipe()
+    threading.Thread(target=feed, args=(sink, data), daemon=True).start()
+    with os.fdopen(source, "rb") as pipe:
+        with Stream(source, closefd=False) as audio:
+            samples, rate = decode(audio, channels, max_duration_s)
+        rest = pipe.read()  # libsndfile stops without an error at what it does not understand
+    if rest.startswith(b"APETAGEX"):
+        rest = rest[32 + int.from_bytes(rest[12:16], "little") :]
+    if rest.startswith(b"TAG"):  # ID3v1
+        rest = rest[128:]
+    if rest.strip(b"\0"):
+        kinds = "damaged, several MP3s in one, or an MP3 of free format"
+        raise BadClip(f"{kinds}: {len(rest)} bytes could not be read")
+    return samples, rate
+
+
+def feed(sink: int, data: bytes) -> None:
+    """Write to a pipe until all is written or its reader has closed it."""
+    with suppress(BrokenPipeError), os.fdopen(sink, "wb") as file:
+        file.write(data)
+
+
+def check_ogg(data: bytes) -> None:
+    """Raise BadClip unless a file is one OGG stream of whole, undamaged pages (RFC 3533)."""
+    at, flags = 0, 0
+    while at < len(data):
+        sizes = data[at + 27 : at + 27 + sum(data[at + 26 : at + 27])]
+        page = bytearray(data[at : at + 27 + len(sizes) + sum(sizes)])
+        checksum, page[22:26] = bytes(page[22:26]), bytes(4)
+        # zlib's CRC-32 has OGG's polynomial, but inverts it and takes each byte's bits in reverse.
+        crc = zlib.crc32(page.translate(MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+        if crc.to_bytes(4, "big").translate(MIRRORED) != checksum:
+            raise BadClip(f"truncated or damaged: the OGG page at byte {at} has a wrong checksum")
+        flags = page[5]
+        if flags & 2 and at:
+            raise BadClip("several OGG streams in one; only the first could be read")
+        at += len(page)
+    if not flags & 4:
+        raise BadClip("truncated: the last OGG page is missing")
+
+
+def check_end(data: bytes, kind: str) -> None:
+    """Raise BadClip unless the audio of a W64 or CAF ends with the file, as libsndfile takes it."""
+    name, header, padding, order = b"data", 0, 1, "big"
+    if kind == "W64":  # its sizes include the header
+        name, header = b"data\xf3\xac\xd3\x11\x8c\xd1\0\xc0O\x8e\xdb\x8a", 24
+        padding, order = 0, "little"
+    chunks = re.finditer(name + rb"(.{8})", data, re.DOTALL)
+    ends = [chunk.end() - header + int.from_bytes(chunk[1], order) for chunk in chunks]
+    if not any(len(data) - padding <= end <= len(data) for end in ends):
+        raise BadClip("truncated, or its audio does not end with the file")
 
 
 def decode_by_torchaudio(
-    path: Path, channels: int, max_duration_s: float, first: str
+    path: Path, channels: int, max_duration_s: float, error: sf.LibsndfileError
 ) -> tuple[torch.Tensor, int]:
-    """What libsndfile could not read, for the reason `first`: samples [channels, T] and rate."""
+    """Read a file by torchaudio.load if libsndfile's error says that the format is unknown.
+
+    torchaudio needs TorchCodec and FFmpeg since 2.9. FFmpeg plays what is left of a damaged file.
+    """
+    reason = error.error_string.strip()
+    if error.code in MACHINE_FAULTS:
+        raise OSError(MACHINE_FAULTS[error.code], reason, str(path)) from error
+    with path.open("rb") as file:
+        if re.fullmatch(rb"[\t\n\r -~]+", file.read(4096)):
+            raise BadClip("not audio: it holds text") from error
+    if error.code not in UNKNOWN_FORMAT:
+        damaged = "damaged, or of a kind that libsndfile cannot decode"
+        raise BadClip(f"{damaged} ({reason})") from error
     try:
         samples, rate = torchaudio.load(path)
     except MemoryError:
         raise
-    except Exception as error:  # any decoder's, or TorchCodec's absence
-        if getattr(error, "errno", None) not in {None, *CLIP_ERRNOS}:
+    except Exception as other:  # any decoder's, or TorchCodec's absence
+        if getattr(other, "errno", None) not in {None, *CLIP_ERRNOS}:
             raise
-        reasons = f"soundfile: {first}; torchaudio: {error}"
-        raise BadClip(f"not audio that can be read ({' '.join(reasons.split())})") from error
-    if samples.shape[1] > max_duration_s * rate:
-        duration_s = samples.shape[1] / rate
-        raise BadClip(f"{duration_s:.0f} s long, --max_duration is {max_duration_s:g} s")
+        reasons = " ".join(f"soundfile: {reason}; torchaudio: {other}".split())
+        raise BadClip(f"not audio that can be read ({reasons})") from other
+    duration_s = samples.shape[1] / rate
+    if duration_s > max_duration_s:
+        raise BadClip(f"{duration_s:.6g} s long, --max_duration is {max_duration_s:g} s")
     return mix_channels(samples, channels), rate
 
 
 def mix_channels(samples: torch.Tensor, channels: int) -> torch.Tensor:
-    """[C, T] -> [channels, T]: as they are where so many are wanted, else the mean of all."""
+    """Return [C, T] as it is if C is `channels`, else the mean of all: [channels, T]."""
     if samples.shape[0] == channels:
         return samples
     return samples.mean(dim=0, keepdim=True).repeat(channels, 1)
@@ -1017,6 +1053,8 @@ def load_clip(clip: Clip, settings: Settings) -> Clip:
     try:
         if not has_file(clip.stamp):
             raise BadClip(f"{NO_FILE}: {clip.path}" if clip.stamp == NO_FILE else clip.stamp)
+        if clip.stamp.startswith("0 "):
+            raise BadClip("empty file (0 bytes)")
         samples, clip.rate = read_audio(clip.path, spec.channels, settings.max_duration)
         clip.duration_s, clip.silent = samples.shape[1] / clip.rate, not samples.any()
         samples = samples.to(settings.device)
@@ -1866,7 +1904,7 @@ class Totals:
             "num_clips": len(self.clips),
             "tokenized": len(self.done),
             "failed": len(self.failures),
-            "token_shape": list(self.shapes)[0] if len(self.shapes) == 1 else None,
+            "token_shape": next(iter(self.shapes)) if len(self.shapes) == 1 else None,
             "codes_in_use": (self.counts > 0).sum(axis=1).tolist(),
             # So many codes, used evenly, would be as varied.
             "perplexity": np.exp(-(shares * logs).sum(axis=1)).round(1).tolist(),
