@@ -275,6 +275,19 @@ def end_at_once(number: int, _: object) -> None:
     os._exit(128 + number)
 
 
+def mending(torch_version: str, is_missing: bool) -> str:
+    """The arguments of pip that mend the installed torch and torchaudio, or a missing package."""
+    bounds = '"torch>=2.11,<2.15" "torchaudio>=2.11,<2.12"'
+    release, _, build = torch_version.partition("+")
+    if is_missing:
+        return f'{bounds} "encodec>=0.1.1" numpy pandas tqdm soundfile'
+    if build == "cpu":  # torchaudio has to come from the same index
+        return f"--force-reinstall {bounds}"
+    if [int(part) for part in re.findall(r"\d+", release)[:2]] < [2, 11]:
+        return f"torchaudio=={release}"  # one for each torch
+    return f"--upgrade {bounds}"
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, end_at_once)
     SETTINGS = parse_settings()  # help and mistakes need no PyTorch, whose import takes seconds
@@ -294,13 +307,13 @@ try:
     from encodec.modules.seanet import SEANetResnetBlock
     from tqdm import tqdm
 except (ImportError, OSError, RuntimeError) as error:
-    # torchaudio refuses to load beside a torch it was not built for, with any of these three.
+    # torchaudio does not load beside every torch, and fails with any of these three.
     found = {d.name: d.version for d in distributions() if d.name in PACKAGES[:3]}
+    cause = f" ({error.__cause__})" if error.__cause__ else ""
     sys.exit(
-        f"error: the packages that this script needs do not load: {error}\n"
-        f"Python: {sys.executable}. Installed: {found}. These go together:\n"
-        '  pip install "torch>=2.6,<2.12" "torchaudio>=2.6,<2.12" "encodec>=0.1.1" numpy pandas '
-        "tqdm soundfile"
+        f"error: the packages that this script needs do not load: {error}{cause}\n"
+        f"Python: {sys.executable}. Installed: {found}. This line mends it:\n"
+        f"  pip install {mending(found.get('torch', ''), isinstance(error, ModuleNotFoundError))}"
     )
 
 
