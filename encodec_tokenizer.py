@@ -258,6 +258,8 @@ def find_mistake(settings: Settings, given: dict[str, object]) -> str | None:
         )
     if settings.metadata and not settings.audio_dir:
         return "argument --metadata needs --audio_dir, the folder of its files"
+    if settings.audio_dir and "dataset" in given:
+        return "arguments --dataset and --audio_dir name two sets of clips; give one of them"
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.device):
         return "argument --device: choose from auto, cpu, cuda, cuda:N"
     for name in WINDOW_FLAGS:
@@ -457,7 +459,10 @@ def list_folder(folder: Path, max_samples: int | None) -> Dataset:
         state = "no audio file lies below it" if folder.is_dir() else "no such folder"
         raise UserError(f"--audio_dir {folder}: {state}")
     names = [path.relative_to(folder) for path in paths]
-    clips = [Clip(name.as_posix(), labels=name.parent.name) for name in islice(names, max_samples)]
+    clips = [
+        Clip(name.as_posix(), labels=(folder.resolve() / name).parent.name)
+        for name in islice(names, max_samples)
+    ]
     return Dataset(folder.resolve().name, folder, (), clips)
 
 
@@ -493,7 +498,7 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
     csv_path, folders, name = next((one for one in found if one[1]), found[0])
     columns, clips = read_clips(csv_path, settings)
     # Some copies nest a folder in one of the same name: take the one with the clips.
-    folders = folders or [csv_path.parent / name]
+    folders = folders or [settings.input_dir / name]
     holds = [sum((folder / clip.fname).exists() for clip in clips[:100]) for folder in folders]
     return Dataset(stem, folders[holds.index(max(holds))], columns, clips)
 
@@ -757,6 +762,7 @@ class Job:
         if self.settings.overwrite or not self.csv.exists():
             return
         record = self.read_record()
+        dropped = Counter()
         if record is None:
             differs = f"  {self.json.name} does not say what made it\n"
         else:
@@ -772,8 +778,8 @@ class Job:
                 differs += f"  files that have changed or gone since: {some_of(other)}\n"
         if differs:
             ways_on = "Choose another --output_dir, or replace the CSV with --overwrite."
-            if any(clip.is_gone for clip in clips):  # --overwrite would lose rows
-                ways_on = "Choose another --output_dir, or bring the clips' files back."
+            if dropped or any(clip.is_gone for clip in clips):  # --overwrite would lose rows
+                ways_on = "Choose another --output_dir, or bring the clips back."
             raise UserError(f"{self.csv} was made in another way:\n{differs}{ways_on}")
 
     def missing_blocks(self) -> list[Block]:
@@ -1974,44 +1980,46 @@ def write_json(job: Job, path: Path, facts: dict, totals: Totals) -> None:
     path.write_text(f'{head},\n  "clips": [\n{clips}\n  ]\n}}\n', encoding="utf-8")
 
 
-def summary(job: Job, facts: dict, totals: Totals) -> str:
-    """The text summary: what was made, from what, how, and where the time went."""
-    done, stem = totals.done, job.dataset.stem
-    n, audio_s = len(done), sum(clip.duration_s for clip in done)
-    rows = sum(totals.shapes.values())
+def clip_figures(job: Job, totals: Totals) -> list[str]:
+    """The summary's lines about clips, rows and durations."""
+    done, settings = totals.done, job.settings
+    audio_s = sum(clip.duration_s for clip in done)
     lengths = sorted(math.prod(shape) for shape in totals.shapes.elements())
     silent = [clip.fname for clip in done if clip.silent]
-    lines = [f"EnCodec tokens of {stem}", ""]
-    if facts["weights"] == UNTRAINED:
-        lines += ["WARNING: untrained weights. These tokens rehearse the run and mean nothing.", ""]
-    failed = f" (see failed_{stem}.csv)" if totals.failures else ""
-    lines += [
-        f"Samples processed: {n}",
+    failed = f" (see {job.failed.name})" if totals.failures else ""
+    lines = [
+        f"Samples processed: {len(done)}",
         f"Failures: {len(totals.failures)}{failed}",
-        f"Rows: {rows}",
-        f"Average tokens per sample: {sum(lengths) / n:.1f}",
+        f"Rows: {len(lengths)}",
+        f"Average tokens per sample: {sum(lengths) / len(done):.1f}",
         f"Tokens per row: {lengths[0]} to {lengths[-1]}, median {median(lengths):g}",
         f"Tokens in all: {sum(lengths)}",
-        f"Average duration: {audio_s / n:.2f} s",
+        f"Average duration: {audio_s / len(done):.2f} s",
         f"Total duration: {audio_s:.1f} s ({audio_s / 3600:.2f} h)",
+        f"Silent samples: {len(silent)}" + (f": {', '.join(silent)}" if silent else ""),
     ]
-    if not job.settings.whole:
-        missing = [job.settings.target_duration - clip.duration_s for clip in done]
+    if not settings.whole:
+        missing = [settings.target_duration - clip.duration_s for clip in done]
         padding = [seconds for seconds in missing if seconds > 0]
         by = f", by {sum(padding) / len(padding):.2f} s on average" if padding else ""
         chunks = sum(clip.num_chunks for clip in done)
         lines += [
-            f"Average chunks per sample: {chunks / n:.2f}",
+            f"Average chunks per sample: {chunks / len(done):.2f}",
             f"Padded samples: {len(padding)}{by}",
         ]
-    lines += [
-        f"Silent samples: {len(silent)}" + (f": {', '.join(silent)}" if silent else ""),
-        "Token shapes (codebooks, frames), the most frequent first:",
-        *(f"  {shape}: {count} rows" for shape, count in totals.shapes.most_common(10)),
-    ]
+    lines += ["Token shapes (codebooks, frames), the most frequent first:"]
+    lines += [f"  {shape}: {count} rows" for shape, count in totals.shapes.most_common(10)]
     if len(totals.shapes) > 10:
         lines += [f"  and {len(totals.shapes) - 10} more shapes"]
-    lines += ["", "Codes of the chunks, before they are averaged:"]
+    return lines
+
+
+def summary(job: Job, facts: dict, totals: Totals) -> str:
+    """The text summary: what was made, from what, how, and where the time went."""
+    lines = [f"EnCodec tokens of {job.dataset.stem}", ""]
+    if facts["weights"] == UNTRAINED:
+        lines += ["WARNING: untrained weights. These tokens rehearse the run and mean nothing.", ""]
+    lines += [*clip_figures(job, totals), "", "Codes of the chunks, before they are averaged:"]
     for k, (used, even) in enumerate(zip(facts["codes_in_use"], facts["perplexity"])):
         share = f"{used} of {NUM_CODES} codes in use ({used / NUM_CODES:.1%})"
         lines += [f"  codebook {k}: {share}, perplexity {even:.1f}"]
@@ -2030,30 +2038,19 @@ def write_outputs(job: Job, weights_file: str | None) -> int:
 
     Returns the exit status: 1 if no clip could be tokenized; an old CSV then stays as it is.
     """
-    workplace, settings = job.blocks_dir, job.settings
-    for stale in workplace.glob("*.tmp*"):  # a younger one may belong to a living process
-        if time.time() - stale.stat().st_mtime > 86_400:
-            stale.unlink(missing_ok=True)
-    new = {path: temporary_path(workplace) for path in (job.csv, job.json, job.summary)}
+    workplace = job.blocks_dir
+    for stale in workplace.glob("*.tmp*"):
+        with suppress(OSError):  # a younger one may belong to a living process
+            if time.time() - stale.stat().st_mtime > 86_400:
+                stale.unlink()
+    new = {job.csv: temporary_path(workplace)}
     try:
         totals = write_csv(job, new[job.csv])
-        if totals.failures:
-            new[job.failed] = temporary_path(workplace)
-            lines = [("fname", "error"), *((clip.fname, clip.error) for clip in totals.failures)]
-            new[job.failed].write_bytes(b"".join(map(csv_line, lines)))
         if not totals.done:
-            return report_no_rows(job, totals, new[job.failed])
-        made_by = {"weights_file": weights_file, "machine": machine(settings.device)}
+            return report_no_rows(job, totals)
+        made_by = {"weights_file": weights_file, "machine": machine(job.settings.device)}
         facts = {"dataset": job.dataset.stem, **job.identity, **made_by, **totals.facts()}
-        write_json(job, new[job.json], facts, totals)
-        text = summary(job, facts, totals).encode(errors="backslashreplace")
-        new[job.summary].write_bytes(text)
-        if settings.parquet:
-            new[job.parquet] = temporary_path(workplace)
-            write_parquet(job, new[job.parquet])
-        if settings.plot is not None:
-            new[picture_path(job)] = temporary_path(workplace, picture_path(job).suffix)
-            write_picture(job, facts, totals, new[picture_path(job)])
+        stage_views(job, facts, totals, new)
         for temporary in new.values():
             sync(temporary)
         job.refuse_to_lose_rows()  # another run may have finished meanwhile
@@ -2068,6 +2065,31 @@ def write_outputs(job: Job, weights_file: str | None) -> int:
     return 0
 
 
+def stage_views(job: Job, facts: dict, totals: Totals, new: dict[Path, Path]) -> None:
+    """Write the outputs beside the CSV to temporary paths. A new output is added here.
+
+    `new` maps each output's path to its temporary one.
+    """
+
+    def stage(path: Path) -> Path:
+        return new.setdefault(path, temporary_path(job.blocks_dir, path.suffix))
+
+    write_json(job, stage(job.json), facts, totals)
+    text = summary(job, facts, totals)
+    stage(job.summary).write_bytes(text.encode(errors="backslashreplace"))
+    if totals.failures:
+        stage(job.failed).write_bytes(failure_lines(totals))
+    if job.settings.parquet:
+        write_parquet(job, stage(job.parquet))
+    if job.settings.plot is not None:
+        write_picture(job, facts, totals, stage(picture_path(job)))
+
+
+def failure_lines(totals: Totals) -> bytes:
+    failures = [(clip.fname, clip.error) for clip in totals.failures]
+    return b"".join(map(csv_line, [("fname", "error"), *failures]))
+
+
 def put_in_place(job: Job, new: dict[Path, Path]) -> None:
     """Rename the complete outputs over the old ones, the CSV last: a CSV that is there is whole."""
     job.csv.unlink(missing_ok=True)
@@ -2078,13 +2100,14 @@ def put_in_place(job: Job, new: dict[Path, Path]) -> None:
         shutil.move(new[path], path)
 
 
-def report_no_rows(job: Job, totals: Totals, failed: Path) -> int:
-    """Say that all clips failed, beside the reasons unless these belong to an older CSV."""
+def report_no_rows(job: Job, totals: Totals) -> int:
+    """Say that all clips failed, and list the reasons, unless the folder holds an older CSV."""
     reasons = f"the first: {totals.failures[0].fname}: {totals.failures[0].error}"
     if job.csv.exists():
         reasons += f"; {job.csv} stays as it is"
     else:
-        failed.replace(job.failed)
+        with replacing(job.failed, job.blocks_dir) as temporary:
+            temporary.write_bytes(failure_lines(totals))
         reasons += f"; all: {job.failed}"
     say(f"error: none of the {len(totals.clips)} clips could be tokenized ({reasons})")
     return 1
@@ -2161,14 +2184,18 @@ def write_picture(job: Job, facts: dict, totals: Totals, path: Path) -> None:
 
 
 def draw_counts(panels: list[Axes], totals: Totals, facts: dict) -> None:
-    """Draw how long the clips are, how many chunks they have, how the codes are used."""
+    """Draw how long the clips are, how many chunks or frames they have, how codes are used."""
     lengths, counts, books = panels
     blue, orange = "#0072b2", "#e69f00"
     lengths.hist([clip.duration_s for clip in totals.done], bins=40, color=blue)
     lengths.set(xlabel="duration of a clip (s)", ylabel="clips")
-    chunks = Counter(clip.num_chunks for clip in totals.done)
-    counts.bar(chunks.keys(), chunks.values(), color=blue)
-    counts.set(xlabel="chunks of a clip", ylabel="clips")
+    if all(clip.num_chunks == 1 for clip in totals.done):
+        counts.hist([clip.shape[2] for clip in totals.done], bins=40, color=blue)
+        counts.set(xlabel="frames of a clip", ylabel="clips")
+    else:
+        chunks = Counter(clip.num_chunks for clip in totals.done)
+        counts.bar(chunks.keys(), chunks.values(), color=blue)
+        counts.set(xlabel="chunks of a clip", ylabel="clips")
     numbers = np.arange(len(facts["codes_in_use"]))
     books.bar(numbers - 0.2, facts["codes_in_use"], 0.4, color=blue, label="in use")
     books.bar(numbers + 0.2, facts["perplexity"], 0.4, color=orange, label="perplexity")
@@ -2231,7 +2258,7 @@ def run(settings: Settings) -> int:
     for job in jobs:  # before anything is made
         job.refuse_to_lose_rows()
     plans = [(job, [] if job.is_finished() else job.missing_blocks()) for job in jobs]
-    if weights == UNTRAINED:
+    if weights == UNTRAINED and not all(job.is_finished() for job in jobs):
         warning = "WARNING: UNTRAINED WEIGHTS. The tokens rehearse the run and mean nothing."
         say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
     encoder = Encoder(model, settings) if any(missing for _, missing in plans) else None
