@@ -1418,14 +1418,15 @@ class CpuEncoder:
 
     def latents(self, segments: list[torch.Tensor]) -> torch.Tensor:
         """Turn B convolved segments [F, 512] of one length into the encoder's output [B, D, F]."""
-        x = torch.stack(segments, dim=1)  # [F, B, 512]
-        x = F.pad(x, (0, 0, 0, self.batch_size - len(segments)))
-        state, pieces = None, []
-        for piece in x.split(self.lstm_frames):
+        num_frames, fill = len(segments[0]), self.batch_size - len(segments)
+        x, state = segments[0].new_empty(len(segments), 512, num_frames), None
+        for at in range(0, num_frames, self.lstm_frames):
+            part = slice(at, at + self.lstm_frames)
+            piece = torch.stack([segment[part] for segment in segments], dim=1)  # [F, B, 512]
+            piece = F.pad(piece, (0, 0, 0, fill))
             y, state = self.lstm(piece, state)
-            pieces.append(elu(y.add_(piece)))
-        x = torch.cat(pieces).permute(1, 2, 0)  # [B, 512, F]
-        return torch.cat([self.last(one[None]) for one in x[: len(segments)]])
+            x[:, :, part] = elu(y.add_(piece)).permute(1, 2, 0)[: len(segments)]
+        return torch.cat([self.last(one[None]) for one in x])
 
 
 class GpuEncoder:
@@ -1500,14 +1501,19 @@ class Encoder:
 
     def quantize(self, latents: torch.Tensor) -> torch.Tensor:
         """[B, D, F] -> [B, K, F]: each codebook's code nearest to the residual of those before."""
-        residual = latents.transpose(1, 2).reshape(-1, latents.shape[1])  # [B * F, D]
+        rows = latents.transpose(1, 2).reshape(-1, latents.shape[1])  # [B * F, D]
+        codes = torch.cat([self.nearest(part) for part in rows.split(8192)], dim=1)  # [K, B * F]
+        return codes.view(len(codes), len(latents), -1).transpose(0, 1)
+
+    def nearest(self, residual: torch.Tensor) -> torch.Tensor:
+        """[R, D] -> [K, R]"""
         codes = []
         for book, doubled, minus_squared in self.codebooks:
             # |x - e|^2 is least where 2 x.e - |e|^2 is greatest.
             nearest = linear(residual, doubled, minus_squared).max(dim=1).indices
             residual = residual - book[nearest]
-            codes.append(nearest.view(len(latents), -1))
-        return torch.stack(codes, dim=1)
+            codes.append(nearest)
+        return torch.stack(codes)
 
 
 @dataclass(eq=False, slots=True)
@@ -1515,7 +1521,7 @@ class Segment:
     """A part of a chunk on its way through the encoder."""
 
     number: int  # in the order of arrival
-    convolved: Future  # of Encoder.convolve
+    convolved: Future | None  # of Encoder.convolve; None in a batch, so that memory is freed
     batch: Future | None = None  # of Encoder.codes; None until its batch is closed
     place: int = 0  # in the batch
 
@@ -1552,7 +1558,7 @@ class Batches:
         segments = [queue.popleft() for _ in range(min(self.size, len(queue)))]
         codes = self.pool.submit(self.encoder.codes, [segment.convolved for segment in segments])
         for place, segment in enumerate(segments):
-            segment.batch, segment.place = codes, place
+            segment.convolved, segment.batch, segment.place = None, codes, place
 
     def close_all(self) -> None:
         for queue in self.queues.values():
@@ -1577,6 +1583,7 @@ def encode_clips(clips: Iterable[Clip], encoder: Encoder) -> Iterator[Clip]:
         for clip in clips:
             chunks = [[batches.add(s) for s in encoder.segments(chunk)] for chunk in clip.chunks]
             samples = sum(chunk.shape[1] for chunk in clip.chunks)
+            clip.chunks = []  # memory: the segments are views of them
             waiting.append((clip, chunks, samples))
             in_flight += samples
             if clip.ends_block:
@@ -1606,7 +1613,6 @@ def with_codes(clip: Clip, chunks: list[list[Segment]]) -> Clip:
         clip.encode_s += sum(seconds for _, _, seconds, _ in results)
     if codes:
         clip.codes = np.stack(codes)
-    clip.chunks = []
     return clip
 
 
@@ -1903,8 +1909,11 @@ class Totals:
         self.shapes: Counter[tuple[int, int]] = Counter()  # (K, F) of the rows
 
     def add(self, clips: list[Clip], counts: np.ndarray) -> None:
-        self.clips += [replace(clip, rows=None) for clip in clips]
+        """Count in a block's clips, and drop their rows, which have been written."""
         self.shapes.update(clip.shape[1:] for clip in clips for _ in clip.rows)
+        for clip in clips:
+            clip.rows = None
+        self.clips += clips
         if len(counts):
             self.counts = counts + (self.counts if len(self.counts) else 0)
 
@@ -1936,7 +1945,6 @@ def write_csv(job: Job, path: Path) -> Totals:
     with path.open("wb") as file:
         for block in job.blocks:
             clips, counts = read_block(block)
-            totals.add(clips, counts)
             for clip in clips:
                 for row, codes in enumerate(clip.rows):
                     cells = row_cells(clip, row, settings, job.dataset.columns)
@@ -1946,6 +1954,7 @@ def write_csv(job: Job, path: Path) -> Totals:
                         has_header = True
                     text = token_text(codes, SPACES if settings.whole else COMMAS)
                     file.write(csv_line(cells.values())[:-1] + b"," + text + b"\n")
+            totals.add(clips, counts)
     return totals
 
 

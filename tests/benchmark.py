@@ -3,7 +3,7 @@
     python tests/benchmark.py                        both models, some 30 minutes on 2 cores
     python tests/benchmark.py --quick                some five minutes
     python tests/benchmark.py --device cuda
-    python tests/benchmark.py --audio_dir FOLDER     your own WAV files in place of made ones
+    python tests/benchmark.py --audio_dir FOLDER     your own files in place of made ones
 
 Machines change their speed from one minute to the next. So every path runs in every round, and what
 is compared is the median of the rounds' ratios. transformers and ONNX Runtime take part where they
@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +31,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import reference  # noqa: E402
 import standin  # noqa: E402
 
 import encodec_tokenizer as script  # noqa: E402
-
-
-def machine(device: str) -> str:
-    return f"{script.machine(device)}, {script.THREADS} threads, torch {torch.__version__}"
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
@@ -77,13 +75,8 @@ def chunk_gflop(model, chunk: torch.Tensor) -> float:
 def best_convolution_rate() -> float:
     """GFLOP/s of the fastest of a few convolutions whose data and weights fit the cache."""
     best = 0.0
-    for channels, size, kernel in (
-        (64, 56, 3),
-        (128, 28, 3),
-        (256, 28, 3),
-        (256, 32, 1),
-        (512, 14, 3),
-    ):
+    shapes = (64, 56, 3), (128, 28, 3), (256, 28, 3), (256, 32, 1), (512, 14, 3)
+    for channels, size, kernel in shapes:
         x = torch.randn(4, channels, size, size).to(memory_format=torch.channels_last)
         conv = torch.nn.Conv2d(channels, channels, kernel).to(memory_format=torch.channels_last)
         flop = 2 * conv(x).numel() * channels * kernel**2
@@ -94,16 +87,16 @@ def best_convolution_rate() -> float:
 # ----------------------------------------------------------------------------------- paths to codes
 
 
-def ours(settings, weights: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The script's own: a clip a chunk, through its threads."""
+def ours(settings, weights: Path) -> Callable[[list], list[np.ndarray]]:
+    """The script's own, through its threads: chunks [C, T] -> a clip [1, K, F] of each."""
     encoder = script.Encoder(script.load_model(settings, weights)[0], settings)
 
-    def path(chunks: torch.Tensor) -> torch.Tensor:
+    def path(chunks: list) -> list[np.ndarray]:
         clips = [script.Clip(str(i), chunks=[chunk]) for i, chunk in enumerate(chunks)]
         torch.set_num_threads(1)  # as the script does
-        encoded = list(script.encode_clips(clips, encoder, settings))
+        encoded = list(script.encode_clips(clips, encoder))
         torch.set_num_threads(script.THREADS)
-        return torch.from_numpy(np.concatenate([clip.codes for clip in encoded]))
+        return [clip.codes for clip in encoded]
 
     return path
 
@@ -116,7 +109,7 @@ def plain(model, batch_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return path
 
 
-def transformers_path(name: str, settings) -> Callable[[torch.Tensor], torch.Tensor] | str:
+def transformers_path(name: str, settings) -> Callable | str:
     """transformers' EncodecModel of the same shape, with its own random weights."""
     try:
         from transformers import EncodecConfig, EncodecModel
@@ -136,9 +129,7 @@ def transformers_path(name: str, settings) -> Callable[[torch.Tensor], torch.Ten
     return path
 
 
-def onnx_path(
-    settings, weights: Path, folder: Path
-) -> Callable[[torch.Tensor], torch.Tensor] | str:
+def onnx_path(settings, weights: Path, folder: Path) -> Callable | str:
     """The same encoder and codebooks in ONNX Runtime, fp32, one chunk at a time."""
     try:
         import onnx  # noqa: F401, the exporter wants it
@@ -150,9 +141,8 @@ def onnx_path(
     model, _ = script.load_model(settings, weights)
     script.Encoder(model, settings)  # folds the weight norm, as an export wants it
     model.requires_grad_(False)
-    num_codebooks = model.quantizer.get_num_quantizers_for_bandwidth(
-        model.frame_rate, model.bandwidth
-    )
+    rate, kbps = model.frame_rate, model.bandwidth
+    num_codebooks = model.quantizer.get_num_quantizers_for_bandwidth(rate, kbps)
 
     class Encode(torch.nn.Module):
         def forward(self, x):
@@ -211,14 +201,14 @@ def measure_encoding(name: str, weights: Path, device: str, rounds: int, num_chu
                     torch.set_num_threads(script.THREADS)
                     took = seconds(lambda: path(chunks[:count]), device) / count  # noqa: B023
                     timings[label] += [took] if i else []  # the first round warms up
-                else:
-                    timings[label] = []
         torch.set_num_threads(script.THREADS)
-        first, reference = own(chunks), plain(model, 1)(chunks)
-        again = ours(settings, weights)(chunks)
+        first, again = (
+            torch.from_numpy(np.concatenate(path(chunks)))
+            for path in (own, ours(settings, weights))
+        )
+        expected = plain(model, 1)(chunks)
     print(f"\n{name}, {settings.bandwidth:g} kbps, chunks of 2 s, median of {rounds} rounds")
-    print("| path | ms a chunk | s of audio/s | times this script's time |")
-    print("|---|---|---|---|")
+    print("| path | ms a chunk | s of audio/s | times this script's time |\n|---|---|---|---|")
     base = np.array(timings["this script"])
     for label, took in timings.items():
         if took:
@@ -227,17 +217,19 @@ def measure_encoding(name: str, weights: Path, device: str, rounds: int, num_chu
             print(f"| {label} | {median * 1e3:.1f} | {2 / median:.0f} | {ratio:.2f} |")
         else:
             print(f"| {label} | {paths[label][0]} | | |")
-    different = int((first != reference).sum())
+    different = int((first != expected).sum())
     print(f"tokens that differ from plain EnCodec: {different} of {first.numel()}")
     print(f"tokens that differ between two runs: {int((first != again).sum())}")
-    spread = [len(first[:, k].unique()) for k in range(first.shape[1])]
-    print(f"values in use per codebook: {min(spread)} to {max(spread)} of 1024")
     rate = gflop / np.median(base)
-    print(f"{gflop:.1f} GFLOP a chunk: {rate:.0f} GFLOP/s", end="")
+    print(f"{gflop:.1f} GFLOP a chunk: {rate:.0f} GFLOP/s")
     if device == "cpu":
         peak = best_convolution_rate()
-        print(f", {rate / peak:.0%} of the best of a few convolutions ({peak:.0f} GFLOP/s)", end="")
-    print()
+        print(f"{rate / peak:.0%} of the best of a few convolutions ({peak:.0f} GFLOP/s)")
+
+
+def curated_lengths(rng: np.random.Generator, count: int) -> list[float]:
+    """Seconds of clips, distributed as train_curated's."""
+    return np.clip(rng.lognormal(1.6, 0.95, count), 0.3, 30).tolist()
 
 
 def write_clips(folder: Path, num_clips: int, length_s: float | None = None) -> None:
@@ -246,37 +238,31 @@ def write_clips(folder: Path, num_clips: int, length_s: float | None = None) -> 
     audio = standin.varied_audio(44_100, 1, 60, 3).reshape(-1).numpy()
     (folder / "train_curated").mkdir(parents=True)
     rows = [("fname", "labels")]
-    for i in range(num_clips):
-        duration_s = length_s or np.clip(rng.lognormal(1.6, 0.95), 0.3, 30)
-        start = rng.integers(0, len(audio) - 44_100 * 30)
-        samples = np.clip(audio[start : start + round(44_100 * duration_s)], -1, 1)
+    for i, duration_s in enumerate(curated_lengths(rng, num_clips)):
+        start = rng.integers(0, len(audio) // 2)
+        length = round(44_100 * (length_s or duration_s))
+        samples = np.clip(np.resize(np.roll(audio, -start), length), -1, 1)  # repeated if short
         soundfile.write(folder / "train_curated" / f"{i:05d}.wav", samples, 44_100)
         rows.append((f"{i:05d}.wav", "Label"))
     with (folder / "train_curated.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
 
 
-def list_clips(folder: Path, audio_dir: Path) -> None:
-    """The WAV files of a folder, in Kaggle's layout."""
-    folder.mkdir()
-    (folder / "train_curated").symlink_to(audio_dir.resolve())
-    names = [(path.name, "Label") for path in sorted(audio_dir.glob("*.wav"))]
-    with (folder / "train_curated.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("fname", "labels"), *names])
-
-
-def measure_end_to_end(folder: Path, weights: Path, device: str, rounds: int) -> None:
-    """What everything but encoding costs: the whole pipeline, and without its encoder."""
-    flags = ["--input_dir", str(folder), "--device", device]
-    settings = script.resolve_device(script.parse_settings(flags))
+def measure_end_to_end(flags: list, weights: Path, device: str, rounds: int) -> None:
+    """Measure the whole pipeline, and the same without its encoder."""
+    argv = [*map(str, flags), "--device", device]
+    settings = script.resolve_device(script.parse_settings(argv))
     encoder = script.Encoder(script.load_model(settings, weights)[0], settings)
 
     class ReadyMade:
-        """Codes at once: what is left is what the main thread and the readers do."""
+        """Gives codes at once, so that only the work of the main thread and the readers is left."""
 
-        model, wants_latents = encoder.model, False
+        model, settings, wants_latents = encoder.model, encoder.settings, False
 
-        def convolve(self, chunk):
+        def segments(self, chunk):
+            return [chunk]
+
+        def convolve(self, segment):
             return None, 0.0
 
         def codes(self, convolved):
@@ -286,11 +272,10 @@ def measure_end_to_end(folder: Path, weights: Path, device: str, rounds: int) ->
         """Seconds from start to end, those of the main thread, and the clips."""
         (dataset,) = script.find_datasets(settings)
         with tempfile.TemporaryDirectory() as out:
-            output = script.Output(Path(out), dataset, {"aggregate": settings.aggregate})
-            output.blocks.mkdir()
-            todo = list(range(len(dataset.blocks)))
+            job = script.Job(replace(settings, output_dir=Path(out)), dataset, "benchmark")
+            missing = job.missing_blocks()
             own = time.thread_time()
-            took = seconds(lambda: script.make_blocks(todo, output, encoder, settings), device)
+            took = seconds(lambda: script.make_blocks(job, missing, encoder), device)
             return took, time.thread_time() - own, dataset
 
     torch.set_num_threads(1)  # as the script does
@@ -304,16 +289,16 @@ def measure_end_to_end(folder: Path, weights: Path, device: str, rounds: int) ->
     main = np.median([own for _, (_, own, _) in runs]) / chunks * 1e3
     print(f"\nend to end: {len(clips)} clips, {audio_s:.0f} s of audio, {chunks} chunks")
     print(f"{whole:.1f} s, {audio_s / whole:.0f} s of audio/s (median of {rounds} rounds)")
-    print(
-        f"without the encoder: {audio_s / fed:.0f} s of audio/s; main thread {main:.3f} ms a chunk"
-    )
+    print(f"without the encoder: {audio_s / fed:.0f} s of audio/s;", end=" ")
+    print(f"main thread {main:.3f} ms a chunk")
 
 
 def measure_trials(folder: Path, name: str, weights: Path, rounds: int, counts: list[int]) -> None:
     """Whole processes, imports and model included, beside a plain loop's (plain_loop.py)."""
     print(f"\n{name}: whole processes, median of {rounds} rounds")
-    print("| clips | this script, s | plain loop, s | times this script's time |")
-    print("|---|---|---|---|")
+    print(
+        "| clips | this script, s | plain loop, s | times this script's time |\n|---|---|---|---|"
+    )
     for count in counts:
         times = []
         for _ in range(rounds):
@@ -333,27 +318,66 @@ def run_python(command: list) -> None:
     subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True)
 
 
+def measure_whole(name: str, weights: Path, device: str, rounds: int, count: int) -> None:
+    """Measure --whole beside chunks of 2 s and plain EnCodec on whole clips."""
+    flags = ["--model", name, "--device", device]
+    chunked = script.resolve_device(script.parse_settings(flags))
+    whole = script.resolve_device(script.parse_settings([*flags, "--whole"]))
+    model = standin.plain_model(name, weights).to(chunked.device)
+    model.set_target_bandwidth(whole.bandwidth)
+    audio = standin.varied_audio(model.sample_rate, model.channels, 30, 7)
+    audio = audio.transpose(0, 1).reshape(model.channels, -1).to(chunked.device)
+    lengths_s = curated_lengths(np.random.default_rng(1), count)
+    clips = [audio[:, : round(length * model.sample_rate)] for length in lengths_s]
+    chunks = [chunk for clip in clips for chunk in script.split_chunks(clip, chunked)[1]]
+
+    def plain_loop(clips: list) -> list[np.ndarray]:
+        return [reference.codes(model, clip)[None] for clip in clips]
+
+    audio_s, chunks_s = sum(lengths_s), len(chunks) * chunked.target_duration
+    paths = {
+        "--whole": (own := ours(whole, weights), clips, audio_s),
+        "chunks of 2 s, overlaps and padding counted": (ours(chunked, weights), chunks, chunks_s),
+        "plain EnCodec on whole clips": (plain_loop, clips, audio_s),
+    }
+    rates = {label: np.empty(rounds) for label in paths}
+    for i in range(-1, rounds):  # the first round, at place -1, warms up
+        for label, (path, pieces, encoded_s) in paths.items():
+            took = seconds(lambda: path(pieces), device)  # noqa: B023
+            rates[label][i] = encoded_s / took
+    print(f"\n{name}: {count} whole clips, {audio_s:.0f} s, median of {rounds} rounds")
+    print("| path | s of audio/s | --whole is faster by |\n|---|---|---|")
+    for label, rate in rates.items():
+        print(f"| {label} | {np.median(rate):.1f} | {np.median(rates['--whole'] / rate):.2f} |")
+    equal = [(a == b).ravel() for a, b in zip(own(clips), plain_loop(clips))]
+    print(f"tokens that equal plain EnCodec's: {np.concatenate(equal).mean():.4%}")
+
+
+def peak_gb(command: list) -> float:
+    """Peak memory of a process that a small one starts: a child's counts from its parent's."""
+    small = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", small, sys.executable, *map(str, command)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) / 1e6
+
+
 def measure_memory(weights: Path, device: str, cases: list[tuple]) -> None:
-    """Peak memory of whole runs, each a process of its own."""
-    print("\npeak memory of a run, 24 kHz:", end=" ")
-    for count, length_s, target_s in cases:
+    """Peak memory of whole runs at 24 kHz; with --whole, beside the plain loop's."""
+    print("\npeak memory of a run, 24 kHz:")
+    for count, length_s, *flags in cases:
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
             write_clips(root / "input", count, length_s)
             args = ["--input_dir", root / "input", "--output_dir", root / "out", "--device", device]
-            command = [sys.executable, ROOT / "encodec_tokenizer.py", *args, "--weights", weights]
-            command += ["--target_duration", target_s]
-            # Started by a small process: a child's peak counts from the memory of its parent.
-            small = (
-                "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
-                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-            )
-            command = [sys.executable, "-c", small, *map(str, command)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            kilobytes = int(done.stdout.split()[-1])
-            what = f"{count} clips of {length_s:g} s in chunks of {target_s} s"
-            print(f"{kilobytes / 1e6:.2f} GB for {what}", end="; ", flush=True)
-    print()
+            ours = [ROOT / "encodec_tokenizer.py", *args, "--weights", weights, *flags]
+            line = f"{peak_gb(ours):.2f} GB for {count} clips of {length_s:g} s, {' '.join(flags)}"
+            if "--whole" in flags:
+                plain = [root / "input", "encodec_24khz", weights, count, root / "csv", "whole"]
+                line += f"; plain {peak_gb([ROOT / 'tests' / 'plain_loop.py', *plain]):.2f} GB"
+            print(line, flush=True)
 
 
 def main() -> None:
@@ -362,11 +386,11 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds and clips")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--audio_dir", type=Path, help="WAV files for the end-to-end part")
+    parser.add_argument("--audio_dir", type=Path, help="your files for the end-to-end part")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    print(machine(args.device))
+    print(f"{script.machine(args.device)}, {script.THREADS} threads, torch {torch.__version__}")
     rounds = 3 if args.quick else 15
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -376,18 +400,22 @@ def main() -> None:
             torch.save(standin.stand_in(name, num_codebooks=8), weights[name])  # of 6 kbps
             num_chunks = 64 if args.device == "cpu" else 512
             measure_encoding(name, weights[name], args.device, rounds, num_chunks)
-        if args.audio_dir:
-            list_clips(root / "input", args.audio_dir)
-        else:
-            write_clips(root / "input", 12 if args.quick else 100)
+        write_clips(root / "input", 12 if args.quick else 100)
         if args.device == "cpu":
             for name, path in weights.items():
                 few = [1, 4] if args.quick else [1, 4, 16, 64]
                 measure_trials(root / "input", name, path, 1 if args.quick else 5, few)
         path = weights["encodec_24khz"]
-        measure_end_to_end(root / "input", path, args.device, 2 if args.quick else 5)
-        cases = [(50, 2.0, 2)] if args.quick else [(200, 2.0, 2), (2000, 2.0, 2), (40, 30.0, 30)]
-        measure_memory(path, args.device, cases)
+        own = args.audio_dir
+        flags = ["--audio_dir", own] if own else ["--input_dir", root / "input"]
+        measure_end_to_end(flags, path, args.device, 2 if args.quick else 5)
+        for name, path in weights.items():
+            measure_whole(name, path, args.device, rounds, 8 if args.quick else 40)
+        cases = [(50, 2.0), (1, 60.0, "--whole")]
+        if not args.quick:
+            cases = [(200, 2.0), (2000, 2.0), (40, 30.0, "--target_duration", "30")]
+            cases += [(1, seconds, "--whole") for seconds in (10.0, 60.0, 600.0)]
+        measure_memory(weights["encodec_24khz"], args.device, cases)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What one would write without this project: plain_loop.py INPUT_DIR MODEL WEIGHTS N CSV
+"""What one would write without this project: plain_loop.py INPUT_DIR MODEL WEIGHTS N CSV [whole]
 
-Tokenizes the first N clips of train_curated, a clip at a time, a chunk at a time, with Meta's model
-as it comes. benchmark.py runs it as a process of its own beside the script.
+Tokenizes the first N clips of train_curated, a clip at a time, a chunk at a time or the whole clip,
+with Meta's model as it comes. benchmark.py runs it as a process of its own beside the script.
 """
 
 import csv
@@ -11,7 +11,8 @@ from pathlib import Path
 import reference
 import standin
 
-folder, name, weights, count, out = sys.argv[1:]
+folder, name, weights, count, out, *whole = sys.argv[1:]
+tokens_of = reference.whole if whole else reference.row
 model = standin.plain_model(name, Path(weights))
 model.set_target_bandwidth(6.0)
 with open(f"{folder}/train_curated.csv", newline="") as file:
@@ -19,5 +20,5 @@ with open(f"{folder}/train_curated.csv", newline="") as file:
 with open(out, "w", newline="") as file:
     writer = csv.writer(file)
     for row in rows:
-        codes = reference.row(model, Path(folder, "train_curated", row["fname"]))
+        codes = tokens_of(model, Path(folder, "train_curated", row["fname"]))
         writer.writerow([row["fname"], row["labels"], *codes.ravel()])

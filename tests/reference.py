@@ -45,7 +45,7 @@ def chunks(audio: torch.Tensor, rate: int, target_s: float = 2.0, overlap: float
 def codes(model: EncodecModel, chunk: torch.Tensor) -> np.ndarray:
     """[C, T] -> [K, F], the codes of all segments in time order."""
     frames = model.encode(chunk[None])
-    return torch.cat([frame_codes[0] for frame_codes, _ in frames], dim=1).numpy()
+    return torch.cat([frame_codes[0] for frame_codes, _ in frames], dim=1).cpu().numpy()
 
 
 def agreement(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -56,6 +56,11 @@ def agreement(ours: np.ndarray, theirs: np.ndarray) -> float:
     differs = np.asarray(ours) != np.asarray(theirs)
     counted = np.cumsum(differs, axis=-2) - differs == 0
     return 1 - differs[counted].mean()
+
+
+def whole(model: EncodecModel, path: Path) -> np.ndarray:
+    """The tokens of a clip in one piece, before flattening: [K, F]."""
+    return codes(model, load(path, model.sample_rate, model.channels))
 
 
 def row(model: EncodecModel, path: Path, target_s: float = 2.0, overlap: float = 0.1) -> np.ndarray:

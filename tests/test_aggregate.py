@@ -1,8 +1,6 @@
 """How a clip's chunks become rows, against plain EnCodec."""
 
 import ast
-import json
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,20 +10,17 @@ import torch
 from conftest import main, write_dataset
 
 from encodec_tokenizer import (
+    AGGREGATES,
     MODELS,
+    Block,
     Clip,
-    Dataset,
-    Output,
+    Totals,
     aggregate,
     code_counts,
-    identity,
-    make_block,
-    parse_settings,
-    perplexity,
-    resolve_device,
+    csv_line,
+    read_block,
+    write_block,
 )
-
-HOW = ("mean", "latent", "medoid", "none")
 
 
 def plain_latents(model, chunk):
@@ -44,7 +39,7 @@ def plain_latents(model, chunk):
 
 @pytest.fixture(scope="session", params=MODELS)
 def tokenized(request, tmp_path_factory, sound, weights, plain):
-    """The plain model, the chunks of a short and a long clip, and every aggregation's folder."""
+    """The plain model, the chunks of a short and a long clip, and every aggregate's folder."""
     name, folder = request.param, tmp_path_factory.mktemp("tokenized")
     clips = {"short.wav": (sound(1.5), 44_100), "long.wav": (sound(7.0), 44_100)}
     root, model = write_dataset(folder / "input", clips, "train_curated"), plain(name)
@@ -52,7 +47,7 @@ def tokenized(request, tmp_path_factory, sound, weights, plain):
     for clip in clips:
         audio = reference.load(root / "train_curated" / clip, model.sample_rate, model.channels)
         chunks[clip] = reference.chunks(audio, model.sample_rate)
-    for how in HOW:
+    for how in AGGREGATES:
         flags = ["--aggregate", how, "--model", name, "--output_dir", folder / how]
         flags += ["--input_dir", root, "--device", "cpu", "--weights", weights(name)]
         assert main(*flags) == 0
@@ -74,9 +69,9 @@ def agree(ours, theirs):
 
 
 @torch.no_grad()
-def test_every_aggregation_is_what_plain_encodec_gives(tokenized, plain):
+def test_every_aggregate_is_what_plain_encodec_gives(tokenized, plain):
     name, chunks, folder = tokenized
-    model, tables = plain(name), {how: table_of(folder, how) for how in HOW}
+    model, tables = plain(name), {how: table_of(folder, how) for how in AGGREGATES}
     (only,) = [reference.codes(model, chunk) for chunk in chunks["short.wav"]]
     for table in tables.values():
         assert agree(tokens(table, "short.wav"), only[None])
@@ -117,7 +112,7 @@ def test_a_row_of_none_is_the_audio_that_starts_where_it_says(tokenized, plain):
     assert agree(tokens(table, "long.wav"), np.stack([reference.codes(model, p) for p in pieces]))
 
 
-def test_summary_counts_clips_and_rows(tokenized):
+def test_the_summary_counts_clips_and_rows(tokenized):
     summary = (tokenized[2] / "none" / "summary_train_curated.txt").read_text()
     assert "Samples processed: 2\n" in summary and "Rows: 5\n" in summary
 
@@ -127,69 +122,69 @@ def test_mean_rounds_half_to_even():
     assert aggregate(clip, "mean", None).tolist() == [[[0, 2, 513]]]
 
 
+def test_an_unknown_aggregate_raises():
+    clip = Clip("a.wav", codes=np.zeros((2, 1, 3), int), latents=[torch.zeros(128, 3)] * 2)
+    with pytest.raises(ValueError, match="unknown aggregate: median"):
+        aggregate(clip, "median", None)
+
+
+# ------------------------------------------------------------------------------- counts of codes
+
+
 def test_perplexity_is_how_many_codes_used_evenly_are_as_varied():
     """Known ones: n codes used evenly: n; one: 1; a half and two quarters: 2 to the 1.5."""
     uses = [[5, 6, 7, 8], [9, 9, 9, 9], [0, 0, 1, 1023]]
-    counts = code_counts(np.array(uses)[None])
-    assert counts.shape == (3, 1024) and counts.sum(axis=1).tolist() == [4, 4, 4]
-    assert counts[2, [0, 1, 1023]].tolist() == [2, 1, 1]
-    assert perplexity(counts).round(4).tolist() == [4, 1, 2.8284]
+    counts = code_counts([Clip("a.wav", codes=np.array(uses)[None])])
+    assert counts.shape == (3, 1024) and counts[2, [0, 1, 1023]].tolist() == [2, 1, 1]
+    totals = Totals()
+    totals.add([], np.zeros((0, 1024)))  # a block whose clips all failed
+    totals.add([], counts)
+    totals.add([], counts)
+    facts = totals.facts()
+    assert facts["codes_in_use"] == [4, 1, 3]
+    assert facts["perplexity"] == [4, 1, 2.8]
 
 
 @pytest.mark.parametrize("how", ["mean", "none"])
-def test_health_is_of_the_chunks_codes_before_they_are_averaged(how, tmp_path):
+def test_counts_are_of_the_chunks_codes_before_they_are_averaged(how, tmp_path):
     """Averages look the more varied the more chunks they blur, codes of EnCodec's or not."""
-    argv = ["--device", "cpu", "--aggregate", how, "--output_dir", str(tmp_path)]
-    settings = resolve_device(parse_settings(argv))
-    (tmp_path / "x.csv").write_text("fname\na.wav\nb.wav\n")
     # Two codebooks of four frames: in the first, codes 0 and 1000 by turns, whose mean is 500.
-    chunks = [[[0, 0, 0, 0], [1, 2, 3, 4]], [[1000] * 4, [1, 2, 3, 4]]]
-    clips = [
-        Clip("a.wav", codes=np.array(chunks), duration_s=3.0, num_chunks=2, starts=[0, 24_000]),
-        Clip("b.wav", codes=np.array(chunks[:1]), duration_s=0.5, num_chunks=1, starts=[0]),
-        Clip("c.wav", error="empty"),
-    ]
-    dataset = Dataset("x", tmp_path / "x.csv", tmp_path, [], clips)
-    output = Output(tmp_path, dataset, identity(settings, dataset, "w"))
-    (tmp_path / "a.wav").write_bytes(b"x")
-    assert output.begin(None) == [0]
-    output.write_block(0, make_block(clips, settings, None))
-    assert output.join({"weights_file": "w.th", "machine": "m"}) == (2, 1)
-    facts = json.loads(output.json.read_text())
+    chunks = np.array([[[0, 0, 0, 0], [1, 2, 3, 4]], [[1000] * 4, [1, 2, 3, 4]]])
+    clips = [Clip("a.wav", codes=chunks), Clip("b.wav", codes=chunks[:1]), Clip("c", error="empty")]
+    for clip in clips[:2]:
+        clip.rows = aggregate(clip, how, None)
+    block, totals = Block(0, clips, tmp_path / "00000-x.npz"), Totals()
+    write_block(block)
+    totals.add(*read_block(block))
+    facts = totals.facts()
     assert facts["codes_in_use"] == [2, 4]
     assert facts["perplexity"] == [1.9, 4.0]  # thirds: 3 / 2 ** (2 / 3)
-    summary = output.summary.read_text()
-    assert "  codebook 0: 2 of 1024 codes in use (0.2%), perplexity 1.9\n" in summary
-    assert "  codebook 1: 4 of 1024 codes in use (0.4%), perplexity 4.0\n" in summary
-    rows = pd.read_csv(output.csv).filter(regex="token_[0-9]").to_numpy()
-    assert rows[0, 0] == (500 if how == "mean" else 0)
+    assert (facts["num_clips"], facts["tokenized"], facts["failed"]) == (3, 2, 1)
+    assert totals.shapes == {(2, 4): 2 if how == "mean" else 3}
 
 
-def test_summary_tells_the_health_of_the_tokens(run, make_dataset, sound, weights, tmp_path):
+def test_the_summary_tells_codes_padding_and_silence(run, make_dataset, sound, weights, tmp_path):
     clips = {
         "long.wav": (sound(7.0), 44_100),
         "short.wav": (sound(1.5), 44_100),
         "silent.wav": (np.zeros(44_100), 44_100),
     }
     path, root = weights("encodec_24khz"), make_dataset(clips)
-    health = {}
-    for how in ("none", "mean"):
-        flags = ["--aggregate", how, "--output_dir", tmp_path / how]
-        assert run("--input_dir", root, *flags, weights=path)[0] == 0
-        summary = (tmp_path / how / "summary_train_curated.txt").read_text()
-        health[how] = [line for line in summary.splitlines() if "codes in use" in line]
-        assert "Padded samples: 2, by 0.75 s on average\n" in summary
-        assert "Silent samples: 1: silent.wav\n" in summary
-    assert health["mean"] == health["none"]
-    every = table_of(tmp_path, "none").filter(regex=r"^token_\d+$").to_numpy().reshape(-1, 8, 150)
-    for k, line in enumerate(health["none"]):
-        assert line.startswith(f"  codebook {k}: {len(set(every[:, k].ravel()))} of 1024 codes")
+    assert run("--input_dir", root, "--aggregate", "none", weights=path)[0] == 0
+    summary = (tmp_path / "out" / "summary_train_curated.txt").read_text()
+    assert "Padded samples: 2, by 0.75 s on average\n" in summary
+    assert "Silent samples: 1: silent.wav\n" in summary
+    every = table_of(tmp_path, "out").filter(regex=r"^token_\d+$").to_numpy().reshape(-1, 8, 150)
+    for k in range(8):
+        used = len(np.unique(every[:, k]))
+        assert f"  codebook {k}: {used} of 1024 codes in use ({used / 1024:.1%})" in summary
 
 
-def test_settings_of_another_aggregation_make_other_rows_of_the_same_codes():
-    settings = resolve_device(parse_settings(["--device", "cpu"]))
-    clip = Clip("a.wav", codes=np.array([[[7, 8]], [[9, 8]]]), num_chunks=2, starts=[0, 5])
-    for how, rows in {"mean": ["8,8"], "none": ["0,0.0,7,8", "1,0.000208,9,8"]}.items():
-        block = make_block([clip], replace(settings, aggregate=how), None)
-        found = [line.split(",0.0,", 1)[1] for line in block.lines.decode().splitlines()]
-        assert found == rows
+# ------------------------------------------------------------------------------- the CSV's text
+
+
+def test_a_lone_carriage_return_is_quoted(tmp_path):
+    """Python 3.11's csv module leaves it bare, and pandas read four rows for three."""
+    rows = [["a\rb.wav", "Bark"], ["c.wav", 'a "b"\rc'], ["d.wav", "1,\n2"]]
+    (tmp_path / "x.csv").write_bytes(b"".join(map(csv_line, [["fname", "labels"], *rows])))
+    assert pd.read_csv(tmp_path / "x.csv").to_numpy().tolist() == rows
