@@ -454,7 +454,11 @@ def list_folder(folder: Path, max_samples: int | None) -> Dataset:
     Raises UserError: there is no such folder, or no audio file in it.
     """
     known = {f".{name.lower()}" for name in sf.available_formats()} | {*EXTENSIONS, ".aif", ".m4a"}
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file())
+    paths = sorted(
+        path
+        for path in folder.rglob("[!.]*")  # macOS leaves "._x.wav"
+        if path.suffix.lower() in known and path.is_file()
+    )
     if not paths:
         state = "no audio file lies below it" if folder.is_dir() else "no such folder"
         raise UserError(f"--audio_dir {folder}: {state}")
@@ -596,7 +600,7 @@ def read_stamp(path: Path) -> str:
         effective = os.access in os.supports_effective_ids
         if not os.access(path, os.R_OK, effective_ids=effective):
             return f"cannot be opened: {os.strerror(errno.EACCES)}"
-        return f"{status.st_size} {int(status.st_mtime)}"
+        return f"{status.st_size} {status.st_mtime_ns // 10**9}"
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return NO_FILE
@@ -2178,7 +2182,7 @@ def write_picture(job: Job, facts: dict, totals: Totals, path: Path) -> None:
         figure = Figure(figsize=(7.2, 6.4), layout="constrained")
         figure.suptitle(f"{job.dataset.stem}: {made}", parse_math=False)
         panels = figure.subplot_mosaic(f"abc;{waves:.<3};{maps:.<3}", height_ratios=(2, 1, 2))
-        draw_counts([panels[letter] for letter in "abc"], totals, facts)
+        draw_counts([panels[letter] for letter in "abc"], totals, facts, job.settings.whole)
         for wave, tokens, clip in zip(waves, maps, shown):
             draw_clip([panels[wave], panels[tokens]], clip, job)
         for letter, panel in panels.items():
@@ -2192,13 +2196,13 @@ def write_picture(job: Job, facts: dict, totals: Totals, path: Path) -> None:
         figure.savefig(path, dpi=300)
 
 
-def draw_counts(panels: list[Axes], totals: Totals, facts: dict) -> None:
+def draw_counts(panels: list[Axes], totals: Totals, facts: dict, whole: bool) -> None:
     """Draw how long the clips are, how many chunks or frames they have, how codes are used."""
     lengths, counts, books = panels
     blue, orange = "#0072b2", "#e69f00"
     lengths.hist([clip.duration_s for clip in totals.done], bins=40, color=blue)
     lengths.set(xlabel="duration of a clip (s)", ylabel="clips")
-    if all(clip.num_chunks == 1 for clip in totals.done):
+    if whole:
         counts.hist([clip.shape[2] for clip in totals.done], bins=40, color=blue)
         counts.set(xlabel="frames of a clip", ylabel="clips")
     else:
@@ -2211,7 +2215,7 @@ def draw_counts(panels: list[Axes], totals: Totals, facts: dict) -> None:
     books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes")
     books.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), handlelength=1)
     for axis in (lengths.yaxis, counts.xaxis, counts.yaxis, books.xaxis):
-        axis.get_major_locator().set_params(integer=True)
+        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
 def draw_clip(panels: list[Axes], clip: Clip, job: Job) -> None:
@@ -2228,12 +2232,12 @@ def draw_clip(panels: list[Axes], clip: Clip, job: Job) -> None:
     name, labels = (textwrap.shorten(text, 26) for text in (clip.fname, clip.labels))
     wave.set_title(f"{name}, {clip.duration_s:.2f} s\n{labels}", parse_math=False)
     wave.set(xlim=(0, chunk_s), ylim=(-1, 1), yticks=(-1, 0, 1), ylabel="full scale")
-    (block,) = (block for block in job.blocks if any(c.fname == clip.fname for c in block.clips))
+    block = next(b for b in job.blocks if any(c.fname == clip.fname for c in b.clips))
     row = next(c for c in read_block(block)[0] if c.fname == clip.fname).rows[0]  # [K, F]
     look = {"cmap": code_colours(), "vmin": 0, "vmax": NUM_CODES - 1, "interpolation": "nearest"}
     tokens.imshow(row, aspect="auto", extent=(0, chunk_s, len(row) - 0.5, -0.5), **look)
     tokens.set(xlabel="time (s)", ylabel="codebook")
-    tokens.yaxis.get_major_locator().set_params(integer=True)
+    tokens.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for panel in panels:
         start_s = min(clip.duration_s, chunk_s)
         panel.axvspan(start_s, chunk_s, color="0.5", alpha=0.4, linewidth=0)

@@ -5,9 +5,8 @@
     python tests/benchmark.py --device cuda
     python tests/benchmark.py --audio_dir FOLDER     your own files in place of made ones
 
-Machines change their speed from one minute to the next. So every path runs in every round, and what
-is compared is the median of the rounds' ratios. transformers and ONNX Runtime take part where they
-are installed:  pip install transformers onnx onnxruntime
+Machines change their speed from one minute to the next. So every path runs in every round, and the
+median of the rounds' ratios counts. Two are optional:  pip install transformers onnx onnxruntime
 """
 
 import argparse
@@ -212,8 +211,7 @@ def measure_encoding(name: str, weights: Path, device: str, rounds: int, num_chu
     base = np.array(timings["this script"])
     for label, took in timings.items():
         if took:
-            median = np.median(took)
-            ratio = np.median(np.array(took) / base)
+            median, ratio = np.median(took), np.median(np.array(took) / base)
             print(f"| {label} | {median * 1e3:.1f} | {2 / median:.0f} | {ratio:.2f} |")
         else:
             print(f"| {label} | {paths[label][0]} | | |")
@@ -405,10 +403,9 @@ def main() -> None:
             for name, path in weights.items():
                 few = [1, 4] if args.quick else [1, 4, 16, 64]
                 measure_trials(root / "input", name, path, 1 if args.quick else 5, few)
-        path = weights["encodec_24khz"]
         own = args.audio_dir
         flags = ["--audio_dir", own] if own else ["--input_dir", root / "input"]
-        measure_end_to_end(flags, path, args.device, 2 if args.quick else 5)
+        measure_end_to_end(flags, weights["encodec_24khz"], args.device, 2 if args.quick else 5)
         for name, path in weights.items():
             measure_whole(name, path, args.device, rounds, 8 if args.quick else 40)
         cases = [(50, 2.0), (1, 60.0, "--whole")]

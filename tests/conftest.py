@@ -27,13 +27,13 @@ import encodec_tokenizer  # noqa: E402
 
 
 def made_once(build):
-    """`build` by name, at most once each; who asks gets a copy of their own."""
+    """Make `build` run at most once for each name; every caller gets a copy."""
     made = functools.cache(torch.no_grad()(build))
     return functools.wraps(build)(lambda name: copy.deepcopy(made(name)))
 
 
-# To build a model takes up to a second, to draw untrained codebooks two more, and nearly every test
-# does both. (The untrained one is drawn from a seed that it sets before it builds.)
+# Nearly every test builds a model and draws untrained codebooks, which takes up to three seconds.
+# (untrained_model sets its own seed before it builds.)
 build_model, untrained_model = encodec_tokenizer.build_model, encodec_tokenizer.untrained_model
 
 
@@ -47,7 +47,7 @@ encodec_tokenizer.untrained_model = made_once(untrained_of_its_own)
 
 
 def main(*args) -> int:
-    """The script's, in this process. It leaves PyTorch with as many threads as there are cores."""
+    """Run the script's main in this process, and set PyTorch back to one thread."""
     try:
         return encodec_tokenizer.main([str(arg) for arg in args])
     finally:
@@ -56,7 +56,7 @@ def main(*args) -> int:
 
 @torch.no_grad()
 def stand_in_state(name: str) -> dict[str, torch.Tensor]:
-    """Stand-in weights from less audio than standin.py itself takes, which is a minute or more.
+    """Make stand-in weights from less audio than standin.py, which needs a minute or more.
 
     The codebooks beyond 6 kbps are noise of the deviation that those before them leave.
     """
@@ -64,7 +64,7 @@ def stand_in_state(name: str) -> dict[str, torch.Tensor]:
     varied = standin.varied_audio
 
     def less(rate: int, channels: int, seconds: int, seed: int) -> torch.Tensor:
-        """Of the audio that the convolutions are scaled by, which has seed 0, 12 s."""
+        """12 s of the audio that the convolutions are scaled by, which has seed 0."""
         return varied(rate, channels, seconds if seed else 12, seed)
 
     with (
@@ -86,9 +86,9 @@ def stand_in_state(name: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """name of a model -> a checkpoint file of stand-in weights, made once where it is asked for.
+    """weights(name of a model): a checkpoint file of stand-in weights.
 
-    For all processes of the suite, which pytest-xdist gives folders side by side.
+    It is made once for all processes of the suite, whose folders lie side by side (pytest-xdist).
     """
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder

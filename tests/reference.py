@@ -26,7 +26,7 @@ def load(path: Path, sample_rate: int, channels: int) -> torch.Tensor:
 
 
 def chunks(audio: torch.Tensor, rate: int, target_s: float = 2.0, overlap: float = 0.1) -> list:
-    """Padded to the target duration, or cut into overlapping pieces, the last at the clip's end."""
+    """Pad to the target duration, or cut into overlapping pieces, the last at the clip's end."""
     size = round(target_s * rate)
     if audio.shape[1] <= size:
         missing = size - audio.shape[1]

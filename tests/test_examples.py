@@ -16,6 +16,8 @@ from conftest import ROOT
 
 from encodec_tokenizer import MODELS
 
+# EnCodec builds its models with a function that PyTorch has replaced.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 EXAMPLES = ROOT / "tests" / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
@@ -70,10 +72,10 @@ def test_a_sequence_model_learns_the_rows_of_whole_clips(run, example, tmp_path)
     assert len(stream) == sum(clip.size + 1 for clip in clips)
     unpacked = sequence_model.unpack(stream, 8)
     assert all((ours == theirs).all() for ours, theirs in zip(unpacked, clips, strict=True))
-    out = example(sequence_model, path, "--steps", "12", "--length", "64", "--batch", "2")
-    first, last = map(float, re.search(r"loss of step 1 (.*), of step 12 (.*)", out).groups())
+    out = example(sequence_model, path, "--steps", "20", "--length", "64", "--batch", "2")
+    first, last = map(float, re.search(r"loss of step 1 (.*), of step 20 (.*)", out).groups())
     assert f"ln(vocabulary) {math.log(8193):.2f}" in out
-    assert abs(first - math.log(8193)) < 1 and last < first - 0.2
+    assert abs(first - math.log(8193)) < 1 and last < first - 1
 
 
 def test_a_sequence_model_does_not_see_later_ids():
@@ -162,9 +164,9 @@ def test_rows_are_decoded_as_encodec_decodes_its_own_codes(
     flags = ["--model", name, "--parquet", *flags]
     assert run("--input_dir", root, *flags, weights=weights(name))[0] == 0
     options = ["--weights", weights(name), "--scale_from_original"]
-    for kind in ("csv", "parquet"):
+    for kind, rows in {"csv": 5, "parquet": 1}.items():
         path = out / f"tokenized_train_curated.{kind}"
-        example(decode, path, root / "train_curated", tmp_path / kind, *options)
+        example(decode, path, root / "train_curated", tmp_path / kind, "--rows", rows, *options)
     found, model = wavs(tmp_path / "csv"), plain(name)
     chunks = []
     for clip in clips:
@@ -172,14 +174,17 @@ def test_rows_are_decoded_as_encodec_decodes_its_own_codes(
         whole = "--whole" in flags
         chunks += [audio] if whole else reference.chunks(audio, model.sample_rate)
     assert len(found) == 2 * len(chunks)
+    first, second = found["000_a_decoded.wav"][:, :19_000], found["001_b_decoded.wav"][:, :19_000]
+    assert abs(first - second).max() > 2e-3  # at 24 kHz a stand-in's sounds differ by little more
     for i, chunk in enumerate(chunks):
         decoded = model.decode(model.encode(chunk[None]))[0, :, : chunk.shape[1]]
         clip = "ab"[min(i, 1)]
         for kind, expected in {"original": chunk, "decoded": decoded}.items():
             samples = found[f"{i:03d}_{clip}_{kind}.wav"]
-            assert np.allclose(samples, expected.clamp(-1, 1), atol=1e-3)
+            assert np.allclose(samples, expected.clamp(-1, 1), atol=1e-4)
     parquet = wavs(tmp_path / "parquet")
-    assert all((parquet[name] == samples).all() for name, samples in found.items())
+    assert len(parquet) == 2
+    assert all((found[name] == samples).all() for name, samples in parquet.items())
 
 
 @pytest.mark.parametrize("samples", [300, 47_520, 47_600, 95_100, 95_400])
