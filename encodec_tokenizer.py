@@ -97,6 +97,7 @@ LABEL_COLUMNS = ("labels", "label", "category")
 AGGREGATES = ("mean", "latent", "medoid", "none")
 EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3")  # tried for names without one
 BLOCK_CLIPS = 16
+BLOCK_NAME = re.compile(r"\d{5,}-[0-9a-f]{16}\.npz")  # see Block.name_of
 NUM_CODES = 1024  # entries of a codebook
 UNTRAINED = "untrained (seed 0)"
 PACKAGES = ("torch", "torchaudio", "encodec", "soundfile", "numpy", "torchcodec")
@@ -704,7 +705,9 @@ class Job:
         """Read the JSON of the last finished run; None if there is none, or it is unusable."""
         try:
             record = json.loads(self.json.read_text(encoding="utf-8"))
-            record["clips"] = [(fname, stamp) for fname, stamp in record["clips"]]
+            record["clips"] = [tuple(map(str, clip)) for clip in record["clips"]]
+            if any(len(clip) != 3 for clip in record["clips"]):  # fname, stamp, error
+                return None
             record["blocks"] = [*map(str, record["blocks"])]
             return record
         except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
@@ -725,7 +728,7 @@ class Job:
         """
         known, there = {}, self.list_blocks()
         if record:
-            known = dict(record["clips"])
+            known = {fname: stamp for fname, stamp, _ in record["clips"] if has_file(stamp)}
             if self.csv.exists() and not self.settings.overwrite:
                 there |= set(record["blocks"])
 
@@ -771,11 +774,11 @@ class Job:
             differs = f"  {self.json.name} does not say what made it\n"
         else:
             differs = changes(record, self.identity)
-            known = dict(record["clips"])
-            dropped = Counter(name for name, _ in record["clips"])
+            known = {fname: stamp for fname, stamp, error in record["clips"] if not error}
+            dropped = Counter(fname for fname, _, error in record["clips"] if not error)
             dropped -= Counter(clip.fname for clip in clips)
             if dropped:
-                total = f"--max_samples: {record.get('num_clips')} clips -> {len(clips)} clips"
+                total = f"--max_samples: {len(record['clips'])} clips -> {len(clips)} clips"
                 differs += f"  {total}; rows would be lost: {some_of([*dropped])}\n"
             other = [c.fname for c in clips if known.get(c.fname, c.stamp) != c.stamp]
             if other:
@@ -795,7 +798,7 @@ class Job:
         there = self.list_blocks()
         missing = [block for block in self.blocks if block.path.name not in there]
         audio_dir = self.dataset.audio_dir
-        if missing and not (audio_dir.is_dir() and any(os.scandir(audio_dir))):
+        if missing and not (audio_dir.is_dir() and os.listdir(audio_dir)):
             raise UserError(f"the audio folder {audio_dir} is empty or gone; was it unmounted?")
         lost = [c.fname for b in missing for c in b.clips if c.is_gone and has_file(c.stamp)]
         if lost:
@@ -805,12 +808,13 @@ class Job:
             )
         try:
             self.blocks_dir.mkdir(parents=True, exist_ok=True)
-            reason = "" if os.access(self.blocks_dir, os.W_OK) else os.strerror(errno.EACCES)
+            writable = all(os.access(path, os.W_OK) for path in (self.folder, self.blocks_dir))
+            reason = "" if writable else os.strerror(errno.EACCES)
         except OSError as error:
             reason = str(error)
         if reason:
             raise UserError(f"--output_dir {self.folder} cannot be used: {reason}")
-        if len(missing) == len(self.blocks) and any(name.endswith(".npz") for name in there):
+        if len(missing) == len(self.blocks) and any(map(BLOCK_NAME.fullmatch, there)):
             say(
                 f"note: {self.blocks_dir} holds blocks, and none fits this run: other settings, "
                 "versions or files made them (copying may have changed the files' times)"
@@ -1982,13 +1986,14 @@ def write_parquet(job: Job, path: Path) -> None:
 
 
 def write_json(job: Job, path: Path, facts: dict, totals: Totals) -> None:
-    """Write down what made the CSV, and the stamps of the files behind its rows."""
+    """Write what made the CSV, and for each clip its file's stamp and why it failed, if it did."""
     content = {
         **facts,
         "table_sha256": job.table_sha256(),
         "blocks": [block.path.name for block in job.blocks],
     }
-    clips = ",\n".join("    " + json.dumps([clip.fname, clip.stamp]) for clip in totals.done)
+    clips = [json.dumps([clip.fname, clip.stamp, clip.error]) for clip in totals.clips]
+    clips = ",\n".join(f"    {clip}" for clip in clips)
     head = json.dumps(content, indent=2).removesuffix("\n}")
     path.write_text(f'{head},\n  "clips": [\n{clips}\n  ]\n}}\n', encoding="utf-8")
 
@@ -2071,7 +2076,8 @@ def write_outputs(job: Job, weights_file: str | None) -> int:
     finally:
         for temporary in new.values():
             temporary.unlink(missing_ok=True)
-    report(f"{job.csv}: {counts_of(job, facts)}. Summary: {job.summary}")
+    counts = counts_of(job, [clip.error for clip in totals.clips])
+    report(f"{job.csv}: {counts}. Summary: {job.summary}")
     for path, name in ((job.parquet, "Parquet"), (picture_path(job), "Picture")):
         if path in new:
             report(f"{name}: {path}")
@@ -2126,9 +2132,11 @@ def report_no_rows(job: Job, totals: Totals) -> int:
     return 1
 
 
-def counts_of(job: Job, facts: dict) -> str:
-    failed = f", {facts['failed']} failed (see {job.failed})" if facts["failed"] else ""
-    return f"{facts['num_clips']} clips: {facts['tokenized']} tokenized{failed}"
+def counts_of(job: Job, errors: list[str]) -> str:
+    """Count the clips of a CSV. `errors` holds one for each clip, empty if it has rows."""
+    num_failed = sum(map(bool, errors))
+    failed = f", {num_failed} failed (see {job.failed})" if num_failed else ""
+    return f"{len(errors)} clips: {len(errors) - num_failed} tokenized{failed}"
 
 
 def machine(device: str) -> str:
@@ -2289,9 +2297,12 @@ def finish(
     """Make a dataset's missing blocks; the first process then writes the outputs."""
     gone = [clip.fname for clip in job.dataset.clips if clip.is_gone]
     if gone:
-        say(f"note: {len(gone)} clips' files are gone; their rows stay: {some_of(gone)}")
+        say(
+            f"note: {len(gone)} clips' files are gone; their rows stay as they are: {some_of(gone)}"
+        )
     if job.is_finished():
-        say(f"{job.csv} is finished already: {counts_of(job, job.read_record())}")
+        errors = [error for _, _, error in job.read_record()["clips"]]
+        say(f"{job.csv} is finished already: {counts_of(job, errors)}")
         return 0
     if missing:
         make_blocks(job, missing, encoder)
