@@ -39,7 +39,6 @@ import signal
 import socket
 import stat
 import sys
-import textwrap
 import threading
 import time
 import traceback
@@ -104,8 +103,8 @@ PACKAGES = ("torch", "torchaudio", "encodec", "soundfile", "numpy", "torchcodec"
 WINDOW_FLAGS = ("target_duration", "overlap", "aggregate")  # without a meaning for whole clips
 
 # torchrun sets these for its processes. Without it, this process is the only one.
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+RANK, WORLD_SIZE = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 
 # cuDNN's LSTM is deterministic only with this setting (PyTorch's page on torch.nn.LSTM), which has
 # to be there before CUDA starts.
@@ -263,6 +262,13 @@ def find_mistake(settings: Settings, given: dict[str, object]) -> str | None:
         return "arguments --dataset and --audio_dir name two sets of clips; give one of them"
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.device):
         return "argument --device: choose from auto, cpu, cuda, cuda:N"
+    if settings.plot and Path(settings.plot).suffix not in ("", ".png", ".pdf", ".svg"):
+        return "argument --plot: the picture's name ends in .png, .pdf or .svg"
+    folder = (settings.output_dir / (settings.plot or "")).parent
+    if settings.plot and folder != settings.output_dir and not folder.is_dir():
+        return f"argument --plot {settings.plot}: there is no such folder"
+    if not 0 <= RANK < WORLD_SIZE:
+        return f"RANK is {RANK} and WORLD_SIZE {WORLD_SIZE}: ranks count from 0 to WORLD_SIZE - 1"
     for name in WINDOW_FLAGS:
         if settings.whole and name in given:
             return f"argument --{name} has no meaning with --whole, which does not cut clips"
@@ -279,7 +285,7 @@ def end_at_once(number: int, _: object) -> None:
 
 
 def mending(torch_version: str, is_missing: bool) -> str:
-    """The arguments of pip that mend the installed torch and torchaudio, or a missing package."""
+    """Return pip's arguments that repair torch and torchaudio, or install a missing package."""
     bounds = '"torch>=2.11,<2.15" "torchaudio>=2.11,<2.12"'
     release, _, build = torch_version.partition("+")
     if is_missing:
@@ -315,7 +321,7 @@ except (ImportError, OSError, RuntimeError) as error:
     cause = f" ({error.__cause__})" if error.__cause__ else ""
     sys.exit(
         f"error: the packages that this script needs do not load: {error}{cause}\n"
-        f"Python: {sys.executable}. Installed: {found}. This line mends it:\n"
+        f"Python: {sys.executable}. Installed: {found}. This command repairs it:\n"
         f"  pip install {mending(found.get('torch', ''), isinstance(error, ModuleNotFoundError))}"
     )
 
@@ -337,10 +343,11 @@ def available_cores() -> int:
         return cores
 
 
-# Threads that encode on a CPU. torchrun sets OMP_NUM_THREADS to 1 where the user has not; there,
-# each process takes an equal share of the node.
-THREADS = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0] or available_cores())
-if WORLD_SIZE > 1:
+# Threads that encode on a CPU. torchrun sets OMP_NUM_THREADS to 1 unless the user has set it; each
+# process then takes an equal share of the node.
+wished = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))
+THREADS = int(wished[0]) if wished else available_cores()
+if WORLD_SIZE > 1 and THREADS == 1:
     THREADS = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
@@ -350,9 +357,12 @@ def resolve_device(settings: Settings) -> Settings:
     `auto` tries a small convolution first, because PyTorch sees GPUs that it has no kernels for.
     Raises UserError: there is no such GPU, or it cannot be used.
     """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
     device = settings.device
     if device in ("auto", "cuda"):
-        device = f"cuda:{LOCAL_RANK}" if device == "cuda" or torch.cuda.is_available() else "cpu"
+        gpu = LOCAL_RANK % max(1, torch.cuda.device_count())  # Slurm may show each task its own
+        device = f"cuda:{gpu}" if device == "cuda" or torch.cuda.is_available() else "cpu"
     if device != "cpu":
         try:
             F.conv1d(torch.ones(1, 1, 8, device=device), torch.ones(1, 1, 3, device=device)).cpu()
@@ -390,7 +400,7 @@ class Clip:
     extra: tuple[str, ...] = ()  # cells of --metadata's further columns
     path: Path | None = None  # its file; None for an unusable name
     stamp: str = ""  # the file's size and time, or the reason why there is none (see read_stamp)
-    is_gone: bool = False  # the JSON knows its file, which is there no longer
+    is_gone: bool = False  # its file was there when the JSON was written, and is missing now
     ends_block: bool = False  # no batch reaches beyond this clip
     rate: int = 0  # Hz, of the file
     chunks: list[torch.Tensor] = field(default_factory=list)  # [C, T] each, until encoded
@@ -454,7 +464,8 @@ def list_folder(folder: Path, max_samples: int | None) -> Dataset:
 
     Raises UserError: there is no such folder, or no audio file in it.
     """
-    known = {f".{name.lower()}" for name in sf.available_formats()} | {*EXTENSIONS, ".aif", ".m4a"}
+    known = {f".{name.lower()}" for name in sf.available_formats()} - {".raw"}
+    known |= {*EXTENSIONS, ".aif", ".aifc", ".oga", ".opus", ".snd", ".aac", ".m4a"}
     paths = sorted(
         path
         for path in folder.rglob("[!.]*")  # macOS leaves "._x.wav"
@@ -504,7 +515,7 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
     columns, clips = read_clips(csv_path, settings)
     # Some copies nest a folder in one of the same name: take the one with the clips.
     folders = folders or [settings.input_dir / name]
-    holds = [sum((folder / clip.fname).exists() for clip in clips[:100]) for folder in folders]
+    holds = [sum(os.path.exists(folder / clip.fname) for clip in clips[:100]) for folder in folders]
     return Dataset(stem, folders[holds.index(max(holds))], columns, clips)
 
 
@@ -526,7 +537,7 @@ def read_table(csv_path: Path) -> tuple[list[str], list[list[str]]]:
     problem = f"{csv_path} is not a comma-separated table in UTF-8"
     try:
         with csv_path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file, skipinitialspace=True, strict=True)]
+            lines = list(csv.reader(file, skipinitialspace=True, strict=True))
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{problem}: {error}") from error
     lines = [cells for line in lines if any(cells := [cell.strip() for cell in line])]
@@ -549,7 +560,7 @@ def read_clips(
     header, rows = read_table(csv_path)
     column = {name.lower(): name for name in reversed(header)}  # a capital is forgiven
     names = [column[name] for name in NAME_COLUMNS if name in column]
-    labels = [column[name] for name in LABEL_COLUMNS if name in column]
+    label = next((column[name] for name in LABEL_COLUMNS if name in column), "labels")
     if not names:
         there = ", ".join(map(repr, header[:5]))
         marks = [mark for mark in (";", "\t") if mark in there or mark in header[0]]
@@ -557,22 +568,24 @@ def read_clips(
         raise UserError(f"{csv_path} has no column {' or '.join(NAME_COLUMNS)}, only {there}{hint}")
     if not rows:
         raise UserError(f"{csv_path} lists no clips: nothing follows its header")
-    extra = [name for name in header if keep_extra and name not in (names[0], *labels[:1])]
-    wanted = [names[0], *(labels[:1] or [""]), *extra]
+    extra = [name for name in header if keep_extra and name not in (names[0], label)]
+    wanted = [names[0], label, *extra]
     ours = {*row_cells(Clip(""), 0, replace(settings, aggregate="none"), ()), "tokens"}
-    ours -= {names[0], *labels[:1]}
+    ours -= {names[0], label}
     taken = [
         name
         for name in dict.fromkeys(wanted)
         if name in ours or header.count(name) > 1 or re.fullmatch(r"token_\d+", name)
     ]
     if taken:
-        raise UserError(f"{csv_path}: rename {', '.join(taken)}: there would be two of a name")
+        raise UserError(
+            f"{csv_path}: rename {', '.join(map(repr, taken))}: the output has such columns"
+        )
     cells = (dict(zip(header, row)) for row in rows)
     listed = Counter(tuple(cell.get(name, "") for name in wanted) for cell in cells)
     if repeated := [row[0] for row, count in listed.items() if count > 1]:
         count = len(rows) - len(listed)
-        say(f"note: {csv_path} repeats {count} rows, used once ({repeated[0]}, ...)")
+        say(f"note: {csv_path} repeats {count} rows; each is used once ({repeated[0]}, ...)")
     rows = islice(listed, settings.max_samples)
     return tuple(extra), [Clip(name, labels, tuple(rest)) for name, labels, *rest in rows]
 
@@ -754,14 +767,19 @@ class Job:
         cells = [[clip.fname, clip.labels, *clip.extra] for clip in self.dataset.clips]
         return hashlib.sha256(json.dumps([self.dataset.columns, cells]).encode()).hexdigest()
 
-    def is_finished(self) -> bool:
-        """The CSV and its summary are there, and a run would only write the same again."""
-        record, asked = self.read_record(), self.settings
-        if not record or asked.overwrite or asked.parquet or asked.plot is not None:
+    def is_up_to_date(self) -> bool:
+        """The CSV is there, and holds the rows that a run would write again."""
+        record, names = self.read_record(), [block.path.name for block in self.blocks]
+        if record is None or not self.csv.exists() or record["blocks"] != names:
             return False
-        names = [block.path.name for block in self.blocks]
-        up_to_date = record["blocks"] == names and record.get("table_sha256") == self.table_sha256()
-        return up_to_date and self.csv.exists() and self.summary.exists()
+        return record.get("table_sha256") == self.table_sha256()
+
+    def is_finished(self) -> bool:
+        """There is nothing to do: no row and no output is missing."""
+        asked = self.settings
+        if asked.overwrite or asked.parquet or asked.plot is not None:
+            return False
+        return self.summary.exists() and self.is_up_to_date()
 
     def refuse_to_lose_rows(self) -> None:
         """Raises UserError: a CSV is there, and what is wanted would change or lose rows of it."""
@@ -778,7 +796,9 @@ class Job:
             dropped = Counter(fname for fname, _, error in record["clips"] if not error)
             dropped -= Counter(clip.fname for clip in clips)
             if dropped:
-                total = f"--max_samples: {len(record['clips'])} clips -> {len(clips)} clips"
+                total = f"{len(record['clips'])} clips -> {len(clips)} clips"
+                if len(clips) < len(record["clips"]):
+                    total = f"--max_samples: {total}"
                 differs += f"  {total}; rows would be lost: {some_of([*dropped])}\n"
             other = [c.fname for c in clips if known.get(c.fname, c.stamp) != c.stamp]
             if other:
@@ -787,7 +807,9 @@ class Job:
             ways_on = "Choose another --output_dir, or replace the CSV with --overwrite."
             if dropped or any(clip.is_gone for clip in clips):  # --overwrite would lose rows
                 ways_on = "Choose another --output_dir, or bring the clips back."
-            raise UserError(f"{self.csv} was made in another way:\n{differs}{ways_on}")
+            raise UserError(
+                f"{self.csv} was made with other settings or files:\n{differs}{ways_on}"
+            )
 
     def missing_blocks(self) -> list[Block]:
         """The blocks that have to be made.
@@ -799,7 +821,8 @@ class Job:
         missing = [block for block in self.blocks if block.path.name not in there]
         audio_dir = self.dataset.audio_dir
         if missing and not (audio_dir.is_dir() and os.listdir(audio_dir)):
-            raise UserError(f"the audio folder {audio_dir} is empty or gone; was it unmounted?")
+            state = "is empty; was it unmounted?" if audio_dir.is_dir() else "does not exist"
+            raise UserError(f"the audio folder {audio_dir} {state}")
         lost = [c.fname for b in missing for c in b.clips if c.is_gone and has_file(c.stamp)]
         if lost:
             raise UserError(
@@ -829,7 +852,7 @@ def some_of(names: list[str]) -> str:
 
 
 def changes(found: dict, wanted: dict, indent: str = "  ") -> str:
-    """List what `wanted` has otherwise than `found`, a line each, flags by their names."""
+    """List the differences, one per line. Flags have their names."""
     lines = ""
     for key, value in wanted.items():
         old = found.get(key)
@@ -855,7 +878,7 @@ MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # each byt
 
 
 class Stream(sf.SoundFile):
-    """A file that is only read onwards; soundfile seeks otherwise, which some FLAC streams lack."""
+    """A file that is read without seeking, because some FLAC streams cannot seek."""
 
     def seekable(self) -> bool:
         return False
@@ -888,7 +911,7 @@ def decode_file(file: BinaryIO, channels: int, max_duration_s: float) -> tuple[t
     with Stream(file.fileno(), closefd=False) as audio:
         kind = audio.format
         if kind == "WAV" and audio.subtype.startswith("MPEG"):
-            raise BadClip("an MP3 inside a WAV, whose length libsndfile only estimates")
+            raise BadClip("an MP3 inside a WAV: libsndfile only estimates its length")
         if kind not in ("MP3", "OGG", "W64", "CAF") and audio.frames:
             return decode(audio, channels, max_duration_s)
     file.seek(0)
@@ -1018,6 +1041,8 @@ def decode_by_torchaudio(
     except Exception as other:  # any decoder's, or TorchCodec's absence
         if getattr(other, "errno", None) not in {None, *CLIP_ERRNOS}:
             raise
+        if "allocate memory" in str(other):  # PyTorch's words for no memory
+            raise
         reasons = " ".join(f"soundfile: {reason}; torchaudio: {other}".split())
         raise BadClip(f"not audio that can be read ({reasons})") from other
     duration_s = samples.shape[1] / rate
@@ -1094,7 +1119,9 @@ def load_clip(clip: Clip, settings: Settings) -> Clip:
             raise
         clip.error = f"cannot be opened: {error.strerror}"
     if clip.path and read_stamp(clip.path) != clip.stamp:
-        raise RunError(f"{clip.path} has changed or gone while the run was at work. Run it again.")
+        raise RunError(
+            f"{clip.path} changed or disappeared during the run. Run the same command again."
+        )
     clip.load_s = time.perf_counter() - started
     return clip
 
@@ -1105,7 +1132,7 @@ def one_core_pool(threads: int) -> ThreadPoolExecutor:
 
 
 def load_clips(clips: Iterable[Clip], settings: Settings) -> Iterator[Clip]:
-    """Call load_clip in threads, a few clips and at most some 60 s of audio ahead, in order."""
+    """Call load_clip in threads, in order; a few clips ahead, and none once 60 s are loaded."""
     pool, clips = one_core_pool(settings.workers), iter(clips)
     ahead: deque[tuple[Clip, Future]] = deque()
     try:
@@ -1172,7 +1199,7 @@ def download(path: Path) -> bool:
 
     torch.hub writes to a temporary name and renames, so several processes may download at once.
     """
-    patience = socket.getdefaulttimeout()
+    previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # a cluster's firewall may swallow the request
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1183,7 +1210,7 @@ def download(path: Path) -> bool:
         say(f"{ROOT_URL}{path.name} could not be downloaded: {getattr(error, 'reason', error)}")
         return False
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(previous_timeout)
 
 
 def build_model(name: str) -> EncodecModel:
@@ -1869,8 +1896,8 @@ def row_cells(clip: Clip, row: int, settings: Settings, columns: tuple[str, ...]
     """
     frames = clip.shape[1:]  # (K, F)
     cells = {
-        "fname": clip.fname.encode(errors="backslashreplace").decode(),  # it may be no UTF-8
-        "labels": clip.labels,
+        "fname": printable(clip.fname),
+        "labels": printable(clip.labels),
         "num_tokens": math.prod(frames),
         "token_shape": str(tuple(frames)),
         "num_chunks": clip.num_chunks,
@@ -1882,17 +1909,19 @@ def row_cells(clip: Clip, row: int, settings: Settings, columns: tuple[str, ...]
     return cells | dict(zip(columns, clip.extra))
 
 
-def csv_line(cells: Iterable[object]) -> bytes:
-    """A line of a CSV. (Python 3.11's csv module leaves a lone carriage return unquoted.)
+def printable(text: str) -> str:
+    """Escape the bytes of a file's name that are no UTF-8 (surrogates)."""
+    return text.encode(errors="backslashreplace").decode()
 
-    Names that are no UTF-8 (surrogates) are escaped.
-    """
+
+def csv_line(cells: Iterable[object]) -> bytes:
+    """A line of a CSV. (Python 3.11's csv module leaves a lone carriage return unquoted.)"""
 
     def quoted(text: str) -> str:
         return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
 
     line = ",".join(quoted(str(cell)) for cell in cells)
-    return line.encode(errors="backslashreplace") + b"\n"
+    return printable(line).encode() + b"\n"
 
 
 def code_texts(separator: str) -> np.ndarray:
@@ -1917,7 +1946,7 @@ class Totals:
         self.shapes: Counter[tuple[int, int]] = Counter()  # (K, F) of the rows
 
     def add(self, clips: list[Clip], counts: np.ndarray) -> None:
-        """Count in a block's clips, and drop their rows, which have been written."""
+        """Add a block's clips, and drop their rows, which have been written."""
         self.shapes.update(clip.shape[1:] for clip in clips for _ in clip.rows)
         for clip in clips:
             clip.rows = None
@@ -1942,7 +1971,7 @@ class Totals:
             "failed": len(self.failures),
             "token_shape": next(iter(self.shapes)) if len(self.shapes) == 1 else None,
             "codes_in_use": (self.counts > 0).sum(axis=1).tolist(),
-            # So many codes, used evenly, would be as varied.
+            # This many codes, used equally often, would have the same entropy.
             "perplexity": np.exp(-(shares * logs).sum(axis=1)).round(1).tolist(),
         }
 
@@ -2111,8 +2140,9 @@ def failure_lines(totals: Totals) -> bytes:
 
 def put_in_place(job: Job, new: dict[Path, Path]) -> None:
     """Rename the complete outputs over the old ones, the CSV last: a CSV that is there is whole."""
+    views = [] if job.is_up_to_date() else [job.parquet, job.picture]  # of the old rows
     job.csv.unlink(missing_ok=True)
-    for old in (job.failed, job.parquet, job.picture):  # views of the old rows
+    for old in (job.failed, *views):
         if old not in new:
             old.unlink(missing_ok=True)
     for path in [*(path for path in new if path != job.csv), job.csv]:
@@ -2120,7 +2150,7 @@ def put_in_place(job: Job, new: dict[Path, Path]) -> None:
 
 
 def report_no_rows(job: Job, totals: Totals) -> int:
-    """Say that all clips failed, and list the reasons, unless the folder holds an older CSV."""
+    """Say that all clips failed. List the reasons in failed_*.csv if there is no older CSV."""
     reasons = f"the first: {totals.failures[0].fname}: {totals.failures[0].error}"
     if job.csv.exists():
         reasons += f"; {job.csv} stays as it is"
@@ -2231,13 +2261,15 @@ def draw_clip(panels: list[Axes], clip: Clip, job: Job) -> None:
     wave, tokens = panels
     settings = replace(job.settings, device="cpu")
     chunk_s = clip.duration_s if settings.whole else settings.target_duration
-    heard = load_clip(Clip(clip.fname, path=clip.path, stamp=clip.stamp), settings)
+    stamp = read_stamp(clip.path) if clip.path else clip.stamp  # it may be gone by now
+    heard = load_clip(Clip(clip.fname, path=clip.path, stamp=stamp), settings)
     if heard.chunks:
         samples = heard.chunks[0][0]
         wave.plot(np.linspace(0, chunk_s, len(samples)), samples, color="black", linewidth=0.4)
     else:
         say(f"note: {clip.fname} cannot be drawn any more: {heard.error}")
-    name, labels = (textwrap.shorten(text, 26) for text in (clip.fname, clip.labels))
+    texts = [printable(text) for text in (clip.fname, clip.labels)]
+    name, labels = (text if len(text) <= 26 else f"{text[:23]}..." for text in texts)
     wave.set_title(f"{name}, {clip.duration_s:.2f} s\n{labels}", parse_math=False)
     wave.set(xlim=(0, chunk_s), ylim=(-1, 1), yticks=(-1, 0, 1), ylabel="full scale")
     block = next(b for b in job.blocks if any(c.fname == clip.fname for c in b.clips))
@@ -2268,8 +2300,6 @@ def code_colours() -> ListedColormap:
 
 def run(settings: Settings) -> int:
     """Do all that the command asks for. Returns the exit status."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
     torch.set_num_threads(1)  # for every thread: no sum depends on the number of cores
     settings = resolve_device(settings)
     datasets = find_datasets(settings)
@@ -2278,29 +2308,23 @@ def run(settings: Settings) -> int:
     jobs = [Job(settings, dataset, weights) for dataset in datasets]
     for job in jobs:  # before anything is made
         job.refuse_to_lose_rows()
-    plans = [(job, [] if job.is_finished() else job.missing_blocks()) for job in jobs]
-    if weights == UNTRAINED and not all(job.is_finished() for job in jobs):
+    plans = [(job, None if job.is_finished() else job.missing_blocks()) for job in jobs]
+    if weights == UNTRAINED and any(missing is not None for _, missing in plans):
         warning = "WARNING: UNTRAINED WEIGHTS. The tokens rehearse the run and mean nothing."
         say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
     encoder = Encoder(model, settings) if any(missing for _, missing in plans) else None
-    return max(
-        [
-            finish(job, missing, encoder, weights_path and weights_path.name)
-            for job, missing in plans
-        ]
-    )
+    weights_file = weights_path and weights_path.name
+    return max(finish(job, missing, encoder, weights_file) for job, missing in plans)
 
 
 def finish(
-    job: Job, missing: list[Block], encoder: Encoder | None, weights_file: str | None
+    job: Job, missing: list[Block] | None, encoder: Encoder | None, weights_file: str | None
 ) -> int:
-    """Make a dataset's missing blocks; the first process then writes the outputs."""
-    gone = [clip.fname for clip in job.dataset.clips if clip.is_gone]
+    """Make a dataset's missing blocks (None: it is finished); the first process then writes all."""
+    gone = [clip.fname for clip in job.dataset.clips if clip.is_gone and has_file(clip.stamp)]
     if gone:
-        say(
-            f"note: {len(gone)} clips' files are gone; their rows stay as they are: {some_of(gone)}"
-        )
-    if job.is_finished():
+        say(f"note: {len(gone)} clips' files are gone; their rows stay: {some_of(gone)}")
+    if missing is None:
         errors = [error for _, _, error in job.read_record()["clips"]]
         say(f"{job.csv} is finished already: {counts_of(job, errors)}")
         return 0
@@ -2329,6 +2353,8 @@ def run_guarded(settings: Settings) -> int:
         setattr(sys, name, stream)
 
     def interrupt(number: int, _: object) -> None:
+        for other in (signal.SIGINT, signal.SIGTERM):  # torchrun sends a second one
+            signal.signal(other, signal.SIG_IGN)
         raise Interrupted(128 + number)
 
     previous = {

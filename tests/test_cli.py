@@ -281,3 +281,13 @@ def test_cublas_is_deterministic_unless_the_user_has_a_say(given, expected, tmp_
     (tmp_path / "torch.py").write_text(f"import os, sys; sys.exit(os.environ[{NAME!r}])")
     done = run_beside(tmp_path, "--dataset", "sample", **given)
     assert done.stderr == f"{expected}\n"
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_a_rank_outside_the_world_is_refused(rank, monkeypatch, capsys):
+    """Nobody would write the CSV of a Slurm array that counts from 1."""
+    monkeypatch.setattr(encodec_tokenizer, "RANK", rank)
+    monkeypatch.setattr(encodec_tokenizer, "WORLD_SIZE", 2)
+    with pytest.raises(SystemExit) as stop:
+        parse_settings([])
+    assert stop.value.code == 2 and "ranks count from 0" in capsys.readouterr().err

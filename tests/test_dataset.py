@@ -106,7 +106,7 @@ def test_a_missing_dataset_is_told_with_the_places_and_the_ways_on(tmp_path, run
 def test_a_missing_audio_folder_is_an_error_before_the_run(tmp_path, run):
     (tmp_path / "train_curated.csv").write_text("fname,labels\na.wav,Bark\n")
     status, _, err = run("--input_dir", tmp_path)
-    assert status == 2 and f"audio folder {tmp_path / 'train_curated'} is empty or gone" in err
+    assert status == 2 and f"audio folder {tmp_path / 'train_curated'} does not exist" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -260,14 +260,14 @@ def test_columns_that_the_output_has_itself_are_refused(header, tmp_path):
     name = header.partition(",")[0]
     row = ",".join("1" * (1 + header.count(",")))
     text = f"filename,category,{header}\na.wav,dog,{row}\n"
-    with pytest.raises(UserError, match=f"clips.csv: rename {name}: there would be two of a name"):
+    with pytest.raises(UserError, match=f"clips.csv: rename .{name}.: the output has such columns"):
         read(tmp_path, text, keep_extra=True)
 
 
 @pytest.mark.parametrize("header", ["fname,labels,labels", "fname,labels,fname"])
 def test_a_header_that_says_name_or_labels_twice_is_refused(header, tmp_path):
     """Which of the two is meant, nobody knows."""
-    with pytest.raises(UserError, match="there would be two of a name"):
+    with pytest.raises(UserError, match="the output has such columns"):
         read(tmp_path, f"{header}\na.wav,dog,b.wav\n")
 
 
@@ -315,3 +315,10 @@ def test_a_folder_is_tokenized(tmp_path, run):
     table = pd.read_csv(tmp_path / "out" / "tokenized_pets.csv")
     rows = table[["fname", "labels", "num_chunks"]].to_numpy().tolist()
     assert rows == [["cat/a.wav", "cat", 1], ["dog/a.wav", "dog", 1]]
+
+
+def test_an_unnamed_column_of_numbers_is_no_label(tmp_path):
+    path = tmp_path / "clips.csv"
+    path.write_text(",fname,duration\n0,a.wav,1.5\n")  # as pandas writes its index
+    _, (clip,) = read_clips(path, parse_settings([]))
+    assert (clip.fname, clip.labels) == ("a.wav", "")

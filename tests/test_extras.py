@@ -227,3 +227,15 @@ def test_parquet_of_a_finished_run_needs_no_encoder(run, tmp_path, monkeypatch):
     monkeypatch.setattr("encodec_tokenizer.Encoder", None)
     assert run(*flags, "--parquet")[0] == 0
     assert parquet.read_table(tmp_path / "out" / "tokenized_sample.parquet").num_rows == 2
+
+
+def test_a_picture_needs_no_audio_and_leaves_the_parquet(run, make_dataset, sound, tmp_path):
+    pytest.importorskip("matplotlib")
+    root = make_dataset({f"{i}.wav": (sound(0.3, 8_000), 8_000) for i in range(2)})
+    assert run("--input_dir", root, "--parquet")[0] == 0
+    for path in (root / "train_curated").iterdir():
+        path.unlink()
+    status, out, err = run("--input_dir", root, "--plot", "figure")
+    assert status == 0 and "cannot be drawn any more: no such file" in err
+    assert str(tmp_path / "out" / "figure.png") in out
+    assert (tmp_path / "out" / "tokenized_train_curated.parquet").exists()

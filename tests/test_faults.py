@@ -462,7 +462,7 @@ def test_a_file_that_changes_before_it_is_read_stops_the_run(how, data):
         "gone": [os.unlink, data.clip(7)],
     }[how]
     assert data.run(before=[partial(faults.at_clip, "007.wav", *what)]) == 1
-    assert f"{data.clip(7)} has changed or gone while the run was at work" in data.said
+    assert f"{data.clip(7)} changed or disappeared during the run" in data.said
     assert not data.csv().exists()
     assert data.run() == data.run(out="fresh") == 0
     assert data.rows() == data.rows("fresh")
@@ -670,7 +670,7 @@ def test_an_unmounted_audio_folder_stops_the_run(when, data, expected):
     move = partial(faults.move_away, data.audio, away)
     status = data.run(before=[move if when == "before" else partial(SEVENTH, move)])
     assert status == (2 if when == "before" else 1)
-    assert ("unmounted" if when == "before" else "has changed or gone") in data.said
+    assert ("unmounted" if when == "before" else "changed or disappeared") in data.said
     assert not data.failed().exists()
     data.audio.rmdir()
     away.rename(data.audio)
