@@ -320,5 +320,5 @@ def test_a_folder_is_tokenized(tmp_path, run):
 def test_an_unnamed_column_of_numbers_is_no_label(tmp_path):
     path = tmp_path / "clips.csv"
     path.write_text(",fname,duration\n0,a.wav,1.5\n")  # as pandas writes its index
-    _, (clip,) = read_clips(path, parse_settings([]))
+    _, (clip,) = read_clips(path, Settings())
     assert (clip.fname, clip.labels) == ("a.wav", "")
