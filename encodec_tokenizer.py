@@ -14,18 +14,18 @@
     python encodec_tokenizer.py --dataset curated --whole --parquet    # one sequence per clip
     torchrun --nproc_per_node=4 encodec_tokenizer.py --dataset noisy   # one process per GPU
 
-The file reads in the order that the data flows: command line -> dataset -> names -> clips ->
-chunks -> weights -> codes -> blocks -> outputs. One idea holds it together: a **block** holds the
-codes of 16 consecutive clips, and its file is named by a hash of everything that decides its bytes.
-So a block that exists is right, whoever wrote it. A run makes the blocks that are missing; several
-processes share them through the file system alone. CSV, summary, JSON, Parquet and picture are
-views: they are written from the blocks and the dataset's CSV, and never from one another.
+The file reads in the order that the data flows: command line -> dataset -> clips -> chunks ->
+weights -> codes -> store -> outputs -> run. One idea holds it together: a small .npz file per clip
+keeps the codes that EnCodec gave it, and everything else is a view of the dataset's table and these
+files. A run encodes the clips that have no such file yet, and then writes all outputs anew. That is
+how it resumes, and how several processes share the work without talking to each other.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import difflib
 import errno
 import hashlib
 import io
@@ -39,32 +39,35 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import uuid
 import warnings
 import zipfile
-import zlib
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
-from functools import cached_property, lru_cache
-from importlib.metadata import PackageNotFoundError, distributions, version
+from functools import cached_property, lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Annotated, get_args, get_type_hints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import ListedColormap
 
-__version__ = "2.0.0"  # part of every block's name: raise it when codes or columns change
+__version__ = "3.0.0"
+FORMAT = (
+    1  # of the files that keep codes: raise it when codes change, and all clips are encoded anew
+)
 
 # ---------------------------------------------------------------------------------------- constants
 
@@ -91,24 +94,31 @@ STEMS = {  # the value of --dataset -> the stems of the output files
     "sample": ["sample"],
 }
 SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "sample"
-NAME_COLUMNS = ("fname", "filename")
+NAME_COLUMNS = ("fname", "filename", "file_name")
 LABEL_COLUMNS = ("labels", "label", "category")
 AGGREGATES = ("mean", "latent", "medoid", "none")
-EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3")  # tried for names without one
-BLOCK_CLIPS = 16
-BLOCK_NAME = re.compile(r"\d{5,}-[0-9a-f]{16}\.npz")  # see Block.name_of
 NUM_CODES = 1024  # entries of a codebook
 UNTRAINED = "untrained (seed 0)"
+UNTRAINED_WARNING = "These tokens are for testing only and have no meaning."
 PACKAGES = ("torch", "torchaudio", "encodec", "soundfile", "numpy", "torchcodec")
-WINDOW_FLAGS = ("target_duration", "overlap", "aggregate")  # without a meaning for whole clips
+GROUP_CLIPS = 16  # clips that are loaded and encoded together
+GROUP_SECONDS = 60  # of audio that a group holds at a time, but at least one clip
+A_DAY = 86_400  # seconds after which temporary files belong to no living process
 
-# torchrun sets these for its processes. Without it, this process is the only one.
-RANK, WORLD_SIZE = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
+
+def number_of_environment(name: str, default: int) -> int:
+    """Read a number that torchrun sets for its processes; -1 stands for anything else."""
+    text = os.environ.get(name) or str(default)
+    return int(text) if text.isdecimal() else -1
+
+
+RANK = number_of_environment("RANK", 0)
+WORLD_SIZE = number_of_environment("WORLD_SIZE", 1)
+LOCAL_RANK = number_of_environment("LOCAL_RANK", 0)
 
 # cuDNN's LSTM is deterministic only with this setting (PyTorch's page on torch.nn.LSTM), which has
 # to be there before CUDA starts.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
 
 
 class UserError(Exception):
@@ -119,89 +129,82 @@ class RunError(Exception):
     """The run cannot go on: the message is printed as it is, exit status 1."""
 
 
+class BadClip(Exception):
+    """A clip cannot be tokenized. The message is its reason in failed_<stem>.csv."""
+
+
 class Interrupted(BaseException):
     """SIGINT or SIGTERM arrived. The argument is the exit status: 128 + the signal's number."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 clip", "2 clips"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 # ------------------------------------------------------------------------------------- command line
 
-
-def option(default: object, help: str, decides: bool = False, **options: object) -> object:
-    """Declare a field of Settings: its default and its options for argparse.
-
-    `decides` marks the settings that decide the codes. They are part of every block's name.
-    """
-    return field(default=default, metadata={"decides": decides, "help": help, **options})
-
-
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """Make an argparse type: a number from `low` to `high`, both included."""
-
-    def parse(text: str) -> float:
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: from {low} to {high}")
-        return kind(text)
-
-    parse.__name__ = kind.__name__  # argparse says "invalid float value"
-    return parse
-
-
-COUNT, SECONDS = number(int, 1, 10**9), number(float, 0.1, 60)
+CHOICES = {"dataset": STEMS, "model": MODELS, "aggregate": AGGREGATES}
+RANGES = {  # both ends are allowed
+    "target_duration": (0.1, 60),
+    "overlap": (0, 0.9),
+    "max_duration": (0.1, 1e6),
+    "batch_size": (1, 10**9),
+    "workers": (1, 1000),
+    "max_samples": (1, 10**9),
+}
+CODE_SETTINGS = ("model", "bandwidth", "whole", "target_duration", "overlap")  # these decide codes
+WINDOW_SETTINGS = ("target_duration", "overlap", "aggregate")  # without a meaning for whole clips
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The command line, checked: every field is a flag of the same name."""
+    """The command line: every field is a flag of the same name, with its type, help and default.
 
-    dataset: str = option(
-        "curated", "select the clips; sample: a dozen bundled ones", choices=STEMS
+    Raises UserError: see find_mistakes.
+    """
+
+    dataset: Annotated[str, "clips to tokenize; sample: twelve bundled ones"] = "curated"
+    metadata: Annotated[Path | None, "CSV to read instead of --dataset; needs --audio_dir"] = None
+    audio_dir: Annotated[
+        Path | None, "folder of the files that --metadata names; alone: every audio file below it"
+    ] = None
+    input_dir: Annotated[
+        Path, "folder that holds FSDKaggle2019, in Kaggle's or Zenodo's layout"
+    ] = Path("input")
+    output_dir: Annotated[Path, "folder to save the outputs in"] = Path("work/tokenized")
+    model: Annotated[str, "24 kHz mono or 48 kHz stereo"] = "encodec_24khz"
+    bandwidth: Annotated[float, "kbps: 1.5 (24 kHz only), 3, 6, 12 or 24"] = 6.0
+    target_duration: Annotated[float, "length of a chunk in seconds"] = 2.0
+    overlap: Annotated[float, "fraction of a chunk that it shares with the next one"] = 0.1
+    whole: Annotated[bool, "encode each clip as one piece, without padding or chunks"] = False
+    aggregate: Annotated[str, "how the chunks of a clip become one row; none: a row each"] = "mean"
+    weights: Annotated[
+        str, "pretrained, untrained (for tests), a checkpoint file or a transformers folder"
+    ] = "pretrained"
+    device: Annotated[str, "auto (CUDA if there is a GPU), cpu, cuda or cuda:N"] = "auto"
+    batch_size: Annotated[
+        int | None, "chunks per batch (default: 8 seconds of audio; CUDA: 64)"
+    ] = None
+    workers: Annotated[
+        int | None, "groups of clips at work at the same time (default: 2; CUDA: 8)"
+    ] = None
+    max_duration: Annotated[float, "maximum length of a clip in seconds; longer clips fail"] = 600.0
+    max_samples: Annotated[int | None, "number of clips to take, from the first (default: all)"] = (
+        None
     )
-    metadata: Path | None = option(
-        None, "read any CSV of file names (and labels) instead", type=Path
-    )
-    audio_dir: Path | None = option(
-        None, "name the folder of --metadata's files; alone: take every audio file in it", type=Path
-    )
-    input_dir: Path = option(
-        Path("input"), "name the dataset's folder (Kaggle's or Zenodo's layout)", type=Path
-    )
-    output_dir: Path = option(
-        Path("work/tokenized"), "name the folder for the CSV and its summary", type=Path
-    )
-    model: str = option(
-        "encodec_24khz", "choose 24 kHz mono or 48 kHz stereo", True, choices=MODELS
-    )
-    bandwidth: float = option(6.0, "set kbps: 1.5 (24 kHz only), 3, 6, 12, 24", True, type=float)
-    target_duration: float = option(
-        2.0, "set the seconds of a chunk, 0.1 to 60", decides=True, type=SECONDS
-    )
-    overlap: float = option(
-        0.1, "set the shared fraction of a chunk, 0 to 0.9", True, type=number(float, 0, 0.9)
-    )
-    whole: bool = option(False, "encode each clip in one piece, at its own length", decides=True)
-    aggregate: str = option(
-        "mean", "choose how a clip's chunks become a row", decides=True, choices=AGGREGATES
-    )
-    weights: str = option(
-        "pretrained", "name a checkpoint file or a transformers folder; untrained: for rehearsals"
-    )
-    device: str = option("auto", "choose auto (CUDA if there is one), cpu, cuda or cuda:N")
-    batch_size: int | None = option(
-        None, "set the chunks of a batch (default: 8 s of audio; CUDA: 512 s)", True, type=COUNT
-    )
-    workers: int | None = option(
-        None, "set the threads that read clips ahead (default: 2; CUDA: 8)", type=COUNT
-    )
-    max_duration: float = option(
-        600.0, "let clips of more seconds fail", decides=True, type=number(float, 0.1, 1e6)
-    )
-    max_samples: int | None = option(None, "take only the first N rows (default: all)", type=COUNT)
-    plot: str | None = option(
-        None, "draw a picture too (matplotlib)", nargs="?", const="", metavar="FILE"
-    )
-    parquet: bool = option(False, "write Parquet too, tokens as one list column (pyarrow)")
-    overwrite: bool = option(False, "replace a CSV that other settings or files have made")
-    debug: bool = option(False, "print every clip, and tracebacks")
+    plot: Annotated[str | None, "picture of the tokens, as PNG, PDF or SVG (matplotlib)"] = None
+    parquet: Annotated[bool, "Parquet file besides the CSV, tokens in one column (pyarrow)"] = False
+    overwrite: Annotated[bool, "replace a CSV that was made with other settings"] = False
+    debug: Annotated[bool, "print every clip, and tracebacks"] = False
+
+    def __post_init__(self) -> None:
+        for name, (kind, _) in flags_of_settings().items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, kind(value))  # 6 and 6.0 are one bandwidth
+        for mistake in find_mistakes(self):
+            raise UserError(mistake)
 
     @property
     def chunk_samples(self) -> int:
@@ -212,14 +215,64 @@ class Settings:
         return round(self.chunk_samples * (1 - self.overlap))
 
 
+@lru_cache
+def flags_of_settings() -> dict[str, tuple[type, str]]:
+    """Return the type and the help text of every field of Settings."""
+    found = {}
+    for name, hint in get_type_hints(Settings, include_extras=True).items():
+        kind, text = get_args(hint)
+        optional_of = get_args(kind)  # of `int | None`
+        found[name] = (optional_of[0] if optional_of else kind, text)
+    return found
+
+
+def find_mistakes(settings: Settings) -> Iterator[str]:
+    """Yield what is wrong with the settings, in sentences."""
+    for name, choices in CHOICES.items():
+        if getattr(settings, name) not in choices:
+            yield f"--{name}: choose from {', '.join(choices)}"
+    for name, (low, high) in RANGES.items():
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:  # NaN is in no range
+            yield f"--{name}: {value} is out of range ({low} to {high:g})"
+    offered = MODELS[settings.model].bandwidths_kbps
+    if settings.bandwidth not in offered:
+        yield f"--bandwidth: {settings.model} offers {', '.join(map(str, offered))} kbps"
+    if settings.metadata and settings.metadata.is_dir():
+        yield (
+            f"--metadata: {settings.metadata} is a folder, not a CSV. To tokenize every audio file "
+            f"in it: --audio_dir {settings.metadata}"
+        )
+    if settings.metadata and not settings.audio_dir:
+        yield "--metadata needs --audio_dir, the folder of its files"
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.device):
+        yield "--device: choose from auto, cpu, cuda, cuda:N"
+    for name in WINDOW_SETTINGS:
+        if settings.whole and getattr(settings, name) != getattr(Settings, name):
+            yield f"--{name} has no meaning with --whole, which does not cut clips into chunks"
+    if settings.plot and Path(settings.plot).suffix not in ("", ".png", ".pdf", ".svg"):
+        yield f"--plot {settings.plot}: the name must end in .png, .pdf or .svg"
+    if settings.plot and Path(settings.plot).name != settings.plot:
+        folder = (settings.output_dir / settings.plot).parent
+        if not folder.is_dir():
+            yield f"--plot {settings.plot}: there is no folder {folder}"
+    if settings.plot is not None and not find_spec("matplotlib"):
+        yield "--plot needs matplotlib: pip install matplotlib"
+    if settings.parquet and not find_spec("pyarrow"):
+        yield "--parquet needs pyarrow: pip install pyarrow"
+    if not 0 <= RANK < WORLD_SIZE:
+        given = [f"{name}={os.environ.get(name)}" for name in ("RANK", "WORLD_SIZE")]
+        yield f"{' and '.join(given)}: RANK counts from 0 to WORLD_SIZE - 1"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """Print one sentence and exit with status 2; argparse would print the usage first."""
-        self.exit(2, f"error: {message}\n--help shows every flag.\n")
+        self.exit(2, f"error: {message}\n--help lists all flags.\n")
 
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
-    """Read the command line. A mistake ends in a sentence and exit status 2."""
+    """Read the command line (default: the process's own). A mistake ends in exit status 2."""
     description, examples, _ = __doc__.split("\n\n", 2)
     parser = Parser(
         description=description,
@@ -229,76 +282,41 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    for setting in fields(Settings):
-        options = {key: value for key, value in setting.metadata.items() if key != "decides"}
-        if "type" in options:
-            options["metavar"] = options["type"].__name__.upper()
-        if setting.default is False:
-            options["action"] = "store_true"
-        elif setting.default is not None:
-            options["help"] += f" (default: {setting.default})"
-        parser.add_argument(f"--{setting.name}", **options)
-    given = vars(parser.parse_args(argv))
-    settings = Settings(**given)
-    if mistake := find_mistake(settings, given):
-        parser.error(mistake)
-    return settings
+    for name, (kind, text) in flags_of_settings().items():
+        default, options = getattr(Settings, name), {}
+        if kind is bool:
+            options = {"action": "store_true"}
+        elif name == "plot":
+            options = {"nargs": "?", "const": "", "metavar": "FILE"}
+        elif name in CHOICES:
+            options = {"choices": CHOICES[name]}
+        else:
+            options = {"type": kind, "metavar": kind.__name__.upper()}
+        if default:
+            text += f" (default: {default})"
+        parser.add_argument(f"--{name}", help=text, **options)
+    words = sys.argv[1:] if argv is None else argv
+    given, unknown = parser.parse_known_args([with_underscores(word) for word in words])
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], [f"--{f.name}" for f in fields(Settings)], 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        parser.error(f"unknown argument {unknown[0]}{hint}")
+    if "dataset" in given and ("audio_dir" in given or "metadata" in given):
+        parser.error("--dataset and --audio_dir each name a set of clips: give one of them")
+    try:
+        return Settings(**vars(given))
+    except UserError as mistake:
+        parser.error(str(mistake))
 
 
-def find_mistake(settings: Settings, given: dict[str, object]) -> str | None:
-    """Say which flags do not go together; `given` holds the flags of the command line."""
-    bandwidths = MODELS[settings.model].bandwidths_kbps
-    if settings.bandwidth not in bandwidths:
-        offered = ", ".join(f"{kbps:g}" for kbps in bandwidths)
-        return f"argument --bandwidth: {settings.model} offers {offered} kbps"
-    if settings.metadata and settings.metadata.is_dir():
-        return (
-            f"argument --metadata: {settings.metadata} is a folder. Name a CSV, or tokenize every "
-            f"audio file of the folder with  --audio_dir {settings.metadata}"
-        )
-    if settings.metadata and not settings.audio_dir:
-        return "argument --metadata needs --audio_dir, the folder of its files"
-    if settings.audio_dir and "dataset" in given:
-        return "arguments --dataset and --audio_dir name two sets of clips; give one of them"
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.device):
-        return "argument --device: choose from auto, cpu, cuda, cuda:N"
-    if settings.plot and Path(settings.plot).suffix not in ("", ".png", ".pdf", ".svg"):
-        return "argument --plot: the picture's name ends in .png, .pdf or .svg"
-    folder = (settings.output_dir / (settings.plot or "")).parent
-    if settings.plot and folder != settings.output_dir and not folder.is_dir():
-        return f"argument --plot {settings.plot}: there is no such folder"
-    if not 0 <= RANK < WORLD_SIZE:
-        return f"RANK is {RANK} and WORLD_SIZE {WORLD_SIZE}: ranks count from 0 to WORLD_SIZE - 1"
-    for name in WINDOW_FLAGS:
-        if settings.whole and name in given:
-            return f"argument --{name} has no meaning with --whole, which does not cut clips"
-    for name, package in {"plot": "matplotlib", "parquet": "pyarrow"}.items():
-        if name in given and not find_spec(package):
-            return f"argument --{name} needs  pip install {package}"
-    return None
-
-
-def end_at_once(number: int, _: object) -> None:
-    """Handle a signal while Python still imports."""
-    os.write(2, b"interrupted before the run began\n")
-    os._exit(128 + number)
-
-
-def mending(torch_version: str, is_missing: bool) -> str:
-    """Return pip's arguments that repair torch and torchaudio, or install a missing package."""
-    bounds = '"torch>=2.11,<2.15" "torchaudio>=2.11,<2.12"'
-    release, _, build = torch_version.partition("+")
-    if is_missing:
-        return f'{bounds} "encodec>=0.1.1" numpy pandas tqdm soundfile'
-    if build == "cpu":  # torchaudio has to come from the same index
-        return f"--force-reinstall {bounds}"
-    if [int(part) for part in re.findall(r"\d+", release)[:2]] < [2, 11]:
-        return f"torchaudio=={release}"  # one for each torch
-    return f"--upgrade {bounds}"
+def with_underscores(word: str) -> str:
+    """Return a flag as it is spelled here: --max-samples=5 becomes --max_samples=5."""
+    flag, equals, value = word.partition("=")
+    return flag[:2] + flag[2:].replace("-", "_") + equals + value if flag[:2] == "--" else word
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, end_at_once)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback while Python imports
     SETTINGS = parse_settings()  # help and mistakes need no PyTorch, whose import takes seconds
     if RANK == 0 and sys.stderr and sys.stderr.isatty():
         print("loading PyTorch ...", file=sys.stderr, flush=True)
@@ -317,12 +335,11 @@ try:
     from tqdm import tqdm
 except (ImportError, OSError, RuntimeError) as error:
     # torchaudio does not load beside every torch, and fails with any of these three.
-    found = {d.name: d.version for d in distributions() if d.name in PACKAGES[:3]}
-    cause = f" ({error.__cause__})" if error.__cause__ else ""
+    reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
     sys.exit(
-        f"error: the packages that this script needs do not load: {error}{cause}\n"
-        f"Python: {sys.executable}. Installed: {found}. This command repairs it:\n"
-        f"  pip install {mending(found.get('torch', ''), isinstance(error, ModuleNotFoundError))}"
+        f"error: a package that this script needs does not load: {reason}\n"
+        "Install the versions that work together, in an environment of their own, with  "
+        f"{sys.executable} -m pip install -r requirements.txt"
     )
 
 
@@ -345,10 +362,9 @@ def available_cores() -> int:
 
 # Threads that encode on a CPU. torchrun sets OMP_NUM_THREADS to 1 unless the user has set it; each
 # process then takes an equal share of the node.
-wished = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", ""))
-THREADS = int(wished[0]) if wished else available_cores()
-if WORLD_SIZE > 1 and THREADS == 1:
-    THREADS = max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+THREADS = number_of_environment("OMP_NUM_THREADS", 0)
+if THREADS < 1 or (WORLD_SIZE > 1 and THREADS == 1):
+    THREADS = max(1, available_cores() // max(1, number_of_environment("LOCAL_WORLD_SIZE", 1)))
 
 
 def resolve_device(settings: Settings) -> Settings:
@@ -374,54 +390,51 @@ def resolve_device(settings: Settings) -> Settings:
             device = "cpu"
     on_cpu = device == "cpu"
     batch_size = settings.batch_size or default_batch_size(settings, on_cpu)
-    workers = settings.workers or (2 if on_cpu else 8)  # reading outruns encoding with few threads
+    workers = settings.workers or (2 if on_cpu else 8)
     return replace(settings, device=device, batch_size=batch_size, workers=workers)
 
 
 def default_batch_size(settings: Settings, on_cpu: bool) -> int:
     """Count in seconds of audio, so that long chunks take no more memory than short ones."""
-    batch_s = 8 if on_cpu else 512  # CPU: see CpuEncoder
+    batch_s = 8 if on_cpu else 64  # CPU: see CpuEncoder; CUDA: what a group holds
     if not settings.whole:
         return max(1, round(batch_s / settings.target_duration))
     if settings.model == "encodec_48khz":  # a batch of the model's own segments of 1 s
         return batch_s // 2
-    return 1 if on_cpu else BLOCK_CLIPS  # on CUDA, clips of exactly one length share a batch
+    return 1 if on_cpu else GROUP_CLIPS  # on CUDA, clips of exactly one length share a batch
 
 
 # ------------------------------------------------------------------------------------------ dataset
 
+# Endings of sound files: libsndfile's formats and their usual spellings, and what FFmpeg reads.
+ENDINGS = {f".{name.lower()}" for name in sf.available_formats()} - {".raw"}
+MORE_ENDINGS = """
+wave bwf aif aifc snd sph iff 8svx sf mat oga opus spx mp1 mp2 mpga m4a m4b mp4 aac ac3 amr 3gp ape
+wv tta wma webm weba mka mpc dsf"""
+ENDINGS |= {f".{name}" for name in MORE_ENDINGS.split()}
+# The system reports these errors about a file that is itself at fault. All others (no memory, too
+# many open files, an I/O error, a stale mount) are the machine's: they stop the run.
+CLIP_ERRNOS = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EEXIST, errno.ENOTEMPTY,
+}  # fmt: skip
+NO_FILE = "no such file"
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+Stamp = tuple[int, int, int]  # a file's size in bytes, mtime and ctime in nanoseconds
+
 
 @dataclass(eq=False, slots=True)
 class Clip:
-    """One row of the dataset on its way to rows of the output."""
+    """One row of the dataset's table, and how far it has come."""
 
     fname: str
     labels: str = ""
     extra: tuple[str, ...] = ()  # cells of --metadata's further columns
-    path: Path | None = None  # its file; None for an unusable name
-    stamp: str = ""  # the file's size and time, or the reason why there is none (see read_stamp)
-    is_gone: bool = False  # its file was there when the JSON was written, and is missing now
-    ends_block: bool = False  # no batch reaches beyond this clip
-    rate: int = 0  # Hz, of the file
-    chunks: list[torch.Tensor] = field(default_factory=list)  # [C, T] each, until encoded
-    codes: np.ndarray | None = None  # [N, K, F] of its N chunks, until the block is written
-    latents: list[torch.Tensor] = field(default_factory=list)  # N of [D, F], where wanted
-    rows: np.ndarray | None = None  # [R, K, F]: the codes of its rows
-    # The rest is kept in its block, by the names in KEPT_FACTS.
+    name: str = ""  # its path below the audio folder as the table has it; names its kept file
+    path: Path | None = None  # its file
+    stamp: Stamp | None = None  # of its file; None if there is none
     error: str = ""  # why it cannot be tokenized
-    duration_s: float = 0.0  # of the file, before padding or resampling
-    starts: list[int] = field(default_factory=list)  # of its chunks, samples at the model's rate
-    silent: bool = False  # all samples are zero
-    load_s: float = 0.0  # seconds to read and resample it
-    encode_s: float = 0.0  # seconds of its batches, its share
-    shape: tuple[int, ...] = (0,)  # of `rows`
-
-    @property
-    def num_chunks(self) -> int:
-        return len(self.starts)
-
-
-KEPT_FACTS = ("error", "duration_s", "starts", "silent", "load_s", "encode_s", "shape")
+    sha256: str = ""  # of the file whose codes are kept; empty as long as there are none
 
 
 @dataclass(frozen=True)
@@ -429,57 +442,47 @@ class Dataset:
     stem: str  # the middle of the output files' names
     audio_dir: Path
     columns: tuple[str, ...]  # names of the clips' extra cells
-    clips: list[Clip]  # in the CSV's order
+    clips: list[Clip]  # in the table's order
 
     @cached_property
-    def files_below(self) -> dict[str, list[str]]:
-        """The files in subfolders of the audio folder: bare name -> paths relative to it."""
-        found = defaultdict(list)
-        for folder, _, names in os.walk(self.audio_dir):
-            below = os.path.relpath(folder, self.audio_dir)
-            for name in names:
-                if below != ".":
-                    found[name].append(f"{below}/{name}")
+    def index(self) -> dict[str, set[str]]:
+        """The files of the audio folder by every name that may stand for them in a table.
+
+        A name may lack an ending that sound files have, and the first folders of its path.
+        """
+        found = defaultdict(set)
+        for file in list_files(self.audio_dir):
+            stem, ending = os.path.splitext(file)
+            for spelling in (file, stem) if ending.lower() in ENDINGS else (file,):
+                parts = comparable(spelling).split("/")
+                for i in range(len(parts)):
+                    found["/".join(parts[i:])].add(file)
         return found
 
 
 def find_datasets(settings: Settings) -> list[Dataset]:
-    """Find the datasets that the command names. Raises UserError: see find_dataset, read_clips."""
+    """Find the datasets that the command names, and their clips' files.
+
+    Raises UserError: see find_dataset, read_clips, list_folder.
+    """
     if settings.metadata:
-        clips = read_clips(settings.metadata, settings, keep_extra=True)
-        return [Dataset(settings.metadata.stem, settings.audio_dir, *clips)]
-    if settings.audio_dir:
-        return [list_folder(settings.audio_dir, settings.max_samples)]
-    if settings.dataset == "sample":
+        columns, clips = read_clips(settings.metadata, settings, keep_extra=True)
+        datasets = [Dataset(settings.metadata.stem, settings.audio_dir, columns, clips)]
+    elif settings.audio_dir:
+        datasets = [list_folder(settings.audio_dir, settings.max_samples)]
+    elif settings.dataset == "sample":
         if not SAMPLE_DIR.is_dir():
             raise UserError(
-                f"the sample comes with the repository, in {SAMPLE_DIR}: no such folder"
+                f"the sample comes with the repository; {SAMPLE_DIR} does not exist. "
+                "Run the script from a clone of it."
             )
-        return [Dataset("sample", SAMPLE_DIR, *read_clips(SAMPLE_DIR / "sample.csv", settings))]
-    return [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
-
-
-def list_folder(folder: Path, max_samples: int | None) -> Dataset:
-    """Take every audio file below a folder, sorted by path, labelled by the folder it lies in.
-
-    Raises UserError: there is no such folder, or no audio file in it.
-    """
-    known = {f".{name.lower()}" for name in sf.available_formats()} - {".raw"}
-    known |= {*EXTENSIONS, ".aif", ".aifc", ".oga", ".opus", ".snd", ".aac", ".m4a"}
-    paths = sorted(
-        path
-        for path in folder.rglob("[!.]*")  # macOS leaves "._x.wav"
-        if path.suffix.lower() in known and path.is_file()
-    )
-    if not paths:
-        state = "no audio file lies below it" if folder.is_dir() else "no such folder"
-        raise UserError(f"--audio_dir {folder}: {state}")
-    names = [path.relative_to(folder) for path in paths]
-    clips = [
-        Clip(name.as_posix(), labels=(folder.resolve() / name).parent.name)
-        for name in islice(names, max_samples)
-    ]
-    return Dataset(folder.resolve().name, folder, (), clips)
+        datasets = [Dataset("sample", SAMPLE_DIR, *read_clips(SAMPLE_DIR / "sample.csv", settings))]
+    else:
+        datasets = [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
+    for dataset in datasets:
+        for clip in dataset.clips:
+            find_file(clip, dataset)
+    return datasets
 
 
 def find_dataset(settings: Settings, stem: str) -> Dataset:
@@ -488,567 +491,372 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
     Kaggle names them train_curated.csv and train_curated/ (trn_curated/ in some copies), Zenodo
     (record 3612637) FSDKaggle2019.meta/train_curated_post_competition.csv and
     FSDKaggle2019.audio_train_curated/. Kaggle lists its test clips in sample_submission.csv. A
-    folder that is gone is no error yet: the rows of a finished CSV do not need it.
+    folder that is gone is no error yet: clips whose codes are kept do not need it.
 
     Raises UserError: there is no CSV, or it does not list clips.
     """
 
-    def find(names: Iterable[str], wanted: Callable[[Path], bool]) -> list[Path]:
-        patterns = [depth + name for depth in ("", "*/", "*/*/") for name in names]
-        return [
-            path for p in patterns for path in sorted(settings.input_dir.glob(p)) if wanted(path)
-        ]
+    def find(name: str) -> list[Path]:
+        patterns = (name, f"*/{name}", f"*/*/{name}")
+        return [path for pattern in patterns for path in sorted(settings.input_dir.glob(pattern))]
 
     kaggle_csv = "sample_submission.csv" if stem == "test" else f"{stem}.csv"
     layouts = {
         kaggle_csv: list(dict.fromkeys([stem, stem.replace("train_", "trn_")])),
         f"{stem}_post_competition.csv": [f"FSDKaggle2019.audio_{stem}"],
     }
-    found = [
-        (path, find(folders, Path.is_dir), folders[0])
-        for csv_name, folders in layouts.items()
-        for path in find([csv_name], Path.is_file)[:1]
-    ]
-    if not found:
+    candidates = []
+    for csv_name, folder_names in layouts.items():
+        tables = [path for path in find(csv_name) if path.is_file()]
+        folders = [path for name in folder_names for path in find(name) if path.is_dir()]
+        if tables:
+            candidates.append((tables[0], folders, settings.input_dir / folder_names[0]))
+    if not candidates:
         raise UserError(dataset_is_missing(settings, stem, layouts))
-    csv_path, folders, name = next((one for one in found if one[1]), found[0])
+    candidates.sort(key=lambda candidate: not candidate[1])  # one with a folder first
+    csv_path, folders, expected = candidates[0]
     columns, clips = read_clips(csv_path, settings)
+
+    def number_of_clips(folder: Path) -> int:
+        return sum(os.path.exists(folder / clip.fname) for clip in clips[:100])
+
     # Some copies nest a folder in one of the same name: take the one with the clips.
-    folders = folders or [settings.input_dir / name]
-    holds = [sum(os.path.exists(folder / clip.fname) for clip in clips[:100]) for folder in folders]
-    return Dataset(stem, folders[holds.index(max(holds))], columns, clips)
+    return Dataset(stem, max(folders or [expected], key=number_of_clips), columns, clips)
 
 
 def dataset_is_missing(settings: Settings, stem: str, layouts: dict[str, list[str]]) -> str:
-    looked = "\n".join(
-        f"  {name} and {'/ or '.join(folders)}/" for name, folders in layouts.items()
+    looked = [f"  {name} and {'/ or '.join(folders)}/" for name, folders in layouts.items()]
+    return "\n".join(
+        [
+            f"the dataset {stem} was not found in {settings.input_dir.resolve()} or up to two",
+            "folders below it. These were looked for:",
+            *looked,
+            "Get FSDKaggle2019 from https://zenodo.org/record/3612637 or from the Kaggle",
+            "competition freesound-audio-tagging-2019, and name the folder that holds it with",
+            "--input_dir. To try the tool without it: --dataset sample",
+        ]
     )
-    return (
-        f"no {stem} dataset. Looked in {settings.input_dir.resolve()}, and two folders deep, for\n"
-        f"{looked}\n"
-        "Get FSDKaggle2019 from https://zenodo.org/record/3612637 or from the Kaggle competition\n"
-        "freesound-audio-tagging-2019, and name the folder that holds it with --input_dir.\n"
-        "To try the tool without it: --dataset sample"
-    )
+
+
+def list_folder(folder: Path, max_samples: int | None) -> Dataset:
+    """Take every sound file below a folder, sorted by path, labelled by the folder it lies in.
+
+    Raises UserError: there is no such folder, or no sound file in it.
+    """
+    if folder.is_file():
+        raise UserError(f"--audio_dir {folder} is a file: name the folder that it lies in")
+    if not folder.is_dir():
+        raise UserError(f"--audio_dir {folder}: there is no such folder")
+    clips, left_out = [], Counter()
+    for name in list_files(folder):
+        ending = os.path.splitext(name)[1]
+        if ending.lower() in ENDINGS:
+            clips.append(Clip(name, labels=(folder.resolve() / name).parent.name))
+        else:
+            left_out[ending or "no ending"] += 1
+    if left_out:
+        kinds = ", ".join(f"{ending} ({count})" for ending, count in left_out.most_common(10))
+        what = counted(left_out.total(), "file")
+        say(f"note: {what} below {folder} left out, not known as sound: {kinds}")
+    if not clips:
+        raise UserError(f"--audio_dir {folder}: there are no sound files below it")
+    return Dataset(folder.resolve().name, folder, (), clips[:max_samples])
+
+
+def list_files(folder: Path) -> list[str]:
+    """List the files below a folder by their relative paths, sorted; hidden ones are passed over.
+
+    Linked folders are followed. Each folder is listed once, so links may lead in circles. Bytes of
+    a name that are not UTF-8 are replaced; such a file is not found then, and fails.
+    """
+
+    def report(error: OSError) -> None:
+        if error.errno not in CLIP_ERRNOS:
+            raise error
+        if error.errno != errno.ENOENT:
+            say(f"note: the folder {error.filename} is left out: {error.strerror}")
+
+    found, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=report):
+        status = os.stat(where)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = os.path.relpath(where, folder)
+        for name in names:
+            if not name.startswith("."):
+                path = name if below == "." else f"{below}/{name}".replace(os.sep, "/")
+                found.append(os.fsencode(path).decode(errors="replace"))
+    return sorted(found, key=lambda path: path.split("/"))
+
+
+def comparable(name: str) -> str:
+    """Return a name in the form in which case, kind of Unicode, and slashes make no difference."""
+    return unicodedata.normalize("NFC", name.strip().replace("\\", "/")).casefold()
+
+
+def find_file(clip: Clip, dataset: Dataset) -> None:
+    """Fill in a clip's name, path and stamp, or the reason why it has none.
+
+    The name is tried as it stands. Then it may be that of the only file that it fits in the index.
+    Raises OSError: the machine is at fault.
+    """
+    clip.name, clip.error = name_below(dataset.audio_dir, clip.fname)
+    if clip.error:
+        return
+    clip.path = dataset.audio_dir / clip.name
+    found = look_at(clip.path)
+    if isinstance(found, str):
+        key = comparable(clip.name)
+        fitting = dataset.index.get(key, set())
+        whole_path = {file for file in fitting if file.count("/") == key.count("/")}
+        fitting = whole_path or fitting
+        if len(fitting) > 1:
+            found = f"several files fit this name: {', '.join(sorted(fitting)[:5])}"
+        elif fitting:
+            clip.path = dataset.audio_dir / next(iter(fitting))
+            found = look_at(clip.path)
+    if isinstance(found, str):
+        clip.error = found
+        if found == NO_FILE and "\\" in clip.fname:
+            clip.error += "; the name has a backslash, and folders are separated by /"
+        if found == NO_FILE and "\N{REPLACEMENT CHARACTER}" in clip.fname:
+            clip.error += "; the name is not UTF-8: rename the file"
+    else:
+        clip.stamp = found
+
+
+def name_below(folder: Path, fname: str) -> tuple[str, str]:
+    """Return a name as a normal path below a folder, and what is wrong with it, if anything."""
+    if not fname.strip():
+        return "", "the name is empty"
+    if "\0" in fname:
+        return "", "the name holds a NUL character"
+    for root in (os.path.abspath(folder), os.path.realpath(folder)):
+        path = os.path.normpath(os.path.join(root, fname))
+        if path.startswith(os.path.join(root, "")):
+            return os.path.relpath(path, root).replace(os.sep, "/"), ""
+    return "", "the path is outside the audio folder (--audio_dir)"
+
+
+def look_at(path: Path) -> Stamp | str:
+    """Return a file's stamp, or the reason why it has none.
+
+    ctime belongs to it because `rsync -t`, `cp -p` and unzip set the other two as they like.
+    Raises OSError: the machine is at fault.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return NO_FILE
+        if error.errno == errno.ENAMETOOLONG:
+            return "the name is too long for this file system"
+        if error.errno in CLIP_ERRNOS:
+            return f"cannot be opened: {error.strerror}"
+        raise
+    if stat.S_ISDIR(status.st_mode):
+        return "a folder, not a file"
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file"
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def read_table(csv_path: Path) -> tuple[list[str], list[list[str]]]:
-    """Read a CSV's header and rows. Raises UserError: it is no table in UTF-8, or it is empty."""
-    problem = f"{csv_path} is not a comma-separated table in UTF-8"
+    """Read the header and the rows of a table; the separator is the one that its header has.
+
+    Raises UserError: the file is missing, not a table in UTF-8, or does not list clips.
+    """
     try:
-        with csv_path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file, skipinitialspace=True, strict=True))
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{problem}: {error}") from error
-    lines = [cells for line in lines if any(cells := [cell.strip() for cell in line])]
+        data = csv_path.read_bytes()
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{csv_path}, line {line}: not UTF-8. Save it as CSV UTF-8.") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{csv_path}: there is no such file") from error
+    except OSError as error:
+        raise UserError(f"{csv_path} cannot be read: {error.strerror}") from error
+    csv.field_size_limit(2**31 - 1)
+    separator = max(SEPARATORS, key=text.lstrip().partition("\n")[0].count)
+    # A space before a quote would make the quote a part of the cell.
+    spaced = re.search(re.escape(separator) + ' +"', text) is not None
+    file = io.StringIO(text, newline="")
+    reader = csv.reader(file, delimiter=separator, skipinitialspace=spaced, strict=True)
+    lines, number = [], 1  # `number` of the line in which a row begins
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                lines.append(cells)
+                if any(cell.strip() for cell in cells[len(lines[0]) :]):
+                    raise csv.Error(
+                        f"{len(cells)} cells, and {len(lines[0])} in the header; a cell that "
+                        f"contains {SEPARATORS[separator]} needs quotes"
+                    )
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{csv_path}, line {number}: {error}") from error
     if not lines:
-        raise UserError(f"{problem}: it is empty")
-    header, *rows = lines
-    if wide := next((row for row in rows if len(row) > len(header)), None):
-        counts = f"{len(header)} columns in its header, {len(wide)} in the row of {wide[0]}"
-        raise UserError(f"{problem}: {counts} (a comma in a label needs quotes)")
-    return header, rows
+        raise UserError(f"{csv_path} is empty")
+    header = [cell.strip() for cell in lines[0]]
+    if not {name.lower() for name in header} & set(NAME_COLUMNS):
+        raise UserError(
+            f"{csv_path} (columns separated by {SEPARATORS[separator]}) has no column "
+            f"{', '.join(NAME_COLUMNS[:-1])} or {NAME_COLUMNS[-1]}, only {', '.join(header[:8])}. "
+            "Rename the one that holds the names of the files."
+        )
+    if not lines[1:]:
+        raise UserError(f"{csv_path} lists no clips: nothing follows its header")
+    return header, lines[1:]
 
 
 def read_clips(
     csv_path: Path, settings: Settings, keep_extra: bool = False
 ) -> tuple[tuple[str, ...], list[Clip]]:
-    """Read the names of a CSV's further columns, where they are kept, and the clips it lists.
+    """Read the clips that a table lists, and the names of its further columns if they are kept.
 
-    Repeated rows count once. Raises UserError: the CSV is no table in UTF-8, or lists no clips.
+    Columns without a name are passed over. Repeated rows count once.
+    Raises UserError: see read_table; or names of columns clash.
     """
     header, rows = read_table(csv_path)
-    column = {name.lower(): name for name in reversed(header)}  # a capital is forgiven
-    names = [column[name] for name in NAME_COLUMNS if name in column]
-    label = next((column[name] for name in LABEL_COLUMNS if name in column), "labels")
-    if not names:
-        there = ", ".join(map(repr, header[:5]))
-        marks = [mark for mark in (";", "\t") if mark in there or mark in header[0]]
-        hint = "; its columns have to be separated by commas" if marks else ""
-        raise UserError(f"{csv_path} has no column {' or '.join(NAME_COLUMNS)}, only {there}{hint}")
-    if not rows:
-        raise UserError(f"{csv_path} lists no clips: nothing follows its header")
-    extra = [name for name in header if keep_extra and name not in (names[0], label)]
-    wanted = [names[0], label, *extra]
-    ours = {*row_cells(Clip(""), 0, replace(settings, aggregate="none"), ()), "tokens"}
-    ours -= {names[0], label}
-    taken = [
-        name
-        for name in dict.fromkeys(wanted)
-        if name in ours or header.count(name) > 1 or re.fullmatch(r"token_\d+", name)
-    ]
-    if taken:
-        raise UserError(
-            f"{csv_path}: rename {', '.join(map(repr, taken))}: the output has such columns"
+    columns = {name.lower(): name for name in reversed(header)}  # a capital is forgiven
+    name_column = next(columns[name] for name in NAME_COLUMNS if name in columns)
+    label_column = next((columns[name] for name in LABEL_COLUMNS if name in columns), "")
+    extra = []
+    for name in header:
+        if name in (name_column, label_column) or (keep_extra and name):
+            if header.count(name) > 1:
+                raise UserError(f"{csv_path}: the column {name!r} is there twice; rename one")
+            extra += [name] if name not in (name_column, label_column) else []
+    for name in extra:
+        if name in {*COLUMNS, *CHUNK_COLUMNS, "tokens"} or re.fullmatch(r"token_\d+", name):
+            raise UserError(f"{csv_path}: column {name!r} clashes with an output column; rename it")
+    clips = {}
+    for cells in rows:
+        row = dict(zip(header, cells))
+        labels = row.get(label_column, "").strip() if label_column else ""
+        further = tuple(row.get(name, "").strip() for name in extra)
+        clip = Clip(row.get(name_column, ""), labels, further)
+        clips.setdefault((clip.fname, labels, further), clip)
+    if len(clips) < len(rows):
+        say(
+            f"note: {csv_path} repeats {counted(len(rows) - len(clips), 'row')}; duplicates are ignored"
         )
-    cells = (dict(zip(header, row)) for row in rows)
-    listed = Counter(tuple(cell.get(name, "") for name in wanted) for cell in cells)
-    if repeated := [row[0] for row, count in listed.items() if count > 1]:
-        count = len(rows) - len(listed)
-        say(f"note: {csv_path} repeats {count} rows; each is used once ({repeated[0]}, ...)")
-    rows = islice(listed, settings.max_samples)
-    return tuple(extra), [Clip(name, labels, tuple(rest)) for name, labels, *rest in rows]
-
-
-# -------------------------------------------------------------------------------------------- names
-
-# The system reports these errors about a file that is itself at fault. All others (no memory, too
-# many open files, an I/O error, a stale mount) are the machine's: they stop the run.
-CLIP_ERRNOS = {
-    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
-    errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ,
-}  # fmt: skip
-NO_FILE = "no such file"
-
-
-def read_stamp(path: Path) -> str:
-    """A file's size and modification time in whole seconds, or the reason why it has no stamp.
-
-    tar and zip drop fractions of a second. Whether the file may be read belongs to the stamp,
-    because chmod changes neither size nor time. Raises OSError: the machine is at fault.
-    """
-    try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            return "not a plain file"
-        effective = os.access in os.supports_effective_ids
-        if not os.access(path, os.R_OK, effective_ids=effective):
-            return f"cannot be opened: {os.strerror(errno.EACCES)}"
-        return f"{status.st_size} {status.st_mtime_ns // 10**9}"
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return NO_FILE
-        if error.errno in CLIP_ERRNOS:
-            return f"cannot be opened: {error.strerror}"
-        raise
-
-
-def has_file(stamp: str) -> bool:
-    return stamp[:1].isdigit()
-
-
-def locate(dataset: Dataset, fname: str) -> tuple[Path | None, str]:
-    """Find a clip's file: its path and its stamp.
-
-    The name may lack the extension (FSD50K's do), and a bare name may lie in one subfolder.
-    """
-    if not fname:
-        return None, "the name is empty"
-    if fname[0] in "/\\" or re.match("[A-Za-z]:", fname) or ".." in re.split(r"[/\\]", fname):
-        return None, "the name leads outside the audio folder; not opened"
-    if "\0" in fname:
-        return None, "the name holds a NUL character"
-    for extension in ("", *EXTENSIONS):
-        path = dataset.audio_dir / (fname + extension)
-        if (stamp := read_stamp(path)) != NO_FILE:
-            return path, stamp
-    below = [name for e in ("", *EXTENSIONS) for name in dataset.files_below.get(fname + e, [])]
-    if len(below) > 1:
-        return None, f"lies in several folders: {', '.join(sorted(below))}"
-    path = dataset.audio_dir / (below or [fname])[0]
-    return path, read_stamp(path)
-
-
-def identity(settings: Settings, weights: str) -> dict:
-    """Everything beside the clips that decides the bytes of a block."""
-    ignored = WINDOW_FLAGS if settings.whole else ()
-    decide = [f.name for f in fields(Settings) if f.metadata["decides"] and f.name not in ignored]
-    return {
-        **{name: getattr(settings, name) for name in decide},
-        "weights": weights,
-        "device": processor(settings.device),
-        "versions": {"script": __version__, "libsndfile": sf.__libsndfile_version__, **versions()},
-    }
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that decide codes, where they are installed."""
-    found = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):  # TorchCodec is optional
-            found[package] = version(package)
-    return found
-
-
-def processor(device: str) -> str:
-    """The kind of processor: another kind rounds in another way."""
-    if device == "cpu":
-        return f"cpu, {torch.backends.cpu.get_cpu_capability()}"
-    return f"cuda, {torch.cuda.get_device_name(device)}"
-
-
-@dataclass(eq=False)
-class Block:
-    """Consecutive clips whose codes lie in one file."""
-
-    index: int
-    clips: list[Clip]
-    path: Path = Path()  # named by name_of
-
-    def name_of(self, identity: dict) -> str:
-        """The file's name: the index, and a hash of everything that decides the file's bytes."""
-        decides = json.dumps([identity, [[clip.fname, clip.stamp] for clip in self.clips]])
-        return f"{self.index:05d}-{hashlib.sha256(decides.encode()).hexdigest()[:16]}.npz"
-
-
-class Job:
-    """One dataset's blocks and output files under the run's settings."""
-
-    def __init__(self, settings: Settings, dataset: Dataset, weights: str) -> None:
-        self.settings, self.dataset = settings, dataset
-        self.identity = identity(settings, weights)
-        self.folder, stem = settings.output_dir, dataset.stem
-        self.csv = self.folder / f"tokenized_{stem}.csv"
-        self.json = self.folder / f"tokenized_{stem}.json"
-        self.summary = self.folder / f"summary_{stem}.txt"
-        self.failed = self.folder / f"failed_{stem}.csv"
-        self.parquet = self.folder / f"tokenized_{stem}.parquet"
-        self.picture = self.folder / f"summary_{stem}.png"
-        self.blocks_dir = self.folder / f"tokenized_{stem}.blocks"
-        clips = dataset.clips
-        self.blocks = [
-            Block(i // BLOCK_CLIPS, clips[i : i + BLOCK_CLIPS])
-            for i in range(0, len(clips), BLOCK_CLIPS)
-        ]
-        for block in self.blocks:
-            block.clips[-1].ends_block = True
-        self.name_blocks(self.read_record())
-
-    def read_record(self) -> dict | None:
-        """Read the JSON of the last finished run; None if there is none, or it is unusable."""
-        try:
-            record = json.loads(self.json.read_text(encoding="utf-8"))
-            record["clips"] = [tuple(map(str, clip)) for clip in record["clips"]]
-            if any(len(clip) != 3 for clip in record["clips"]):  # fname, stamp, error
-                return None
-            record["blocks"] = [*map(str, record["blocks"])]
-            return record
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-            return None
-
-    def list_blocks(self) -> set[str]:
-        """The names in the folder of blocks, which may hold others than ours."""
-        try:
-            return set(os.listdir(self.blocks_dir))
-        except (FileNotFoundError, NotADirectoryError):
-            return set()
-
-    def name_blocks(self, record: dict | None) -> None:
-        """Stamp every clip and name every block.
-
-        A file that is gone counts as it was when the CSV was made, as long as its block is there or
-        the CSV needs none. So nobody needs the audio of a finished run.
-        """
-        known, there = {}, self.list_blocks()
-        if record:
-            known = {fname: stamp for fname, stamp, _ in record["clips"] if has_file(stamp)}
-            if self.csv.exists() and not self.settings.overwrite:
-                there |= set(record["blocks"])
-
-        def name(block: Block) -> None:
-            now = []
-            for clip in block.clips:
-                clip.path, clip.stamp = locate(self.dataset, clip.fname)
-                now.append(clip.stamp)
-                clip.is_gone = not has_file(clip.stamp) and clip.fname in known
-                if clip.is_gone:
-                    clip.stamp = known[clip.fname]
-            block.path = self.blocks_dir / block.name_of(self.identity)
-            if block.path.name not in there:
-                for clip, stamp in zip(block.clips, now):
-                    clip.stamp = stamp
-                block.path = self.blocks_dir / block.name_of(self.identity)
-
-        with ThreadPoolExecutor(16) as pool:  # a network's file system answers many at once
-            list(pool.map(name, self.blocks))
-
-    def table_sha256(self) -> str:
-        """The digest of all that the CSV takes from the dataset's own table."""
-        cells = [[clip.fname, clip.labels, *clip.extra] for clip in self.dataset.clips]
-        return hashlib.sha256(json.dumps([self.dataset.columns, cells]).encode()).hexdigest()
-
-    def is_up_to_date(self) -> bool:
-        """The CSV is there, and holds the rows that a run would write again."""
-        record, names = self.read_record(), [block.path.name for block in self.blocks]
-        if record is None or not self.csv.exists() or record["blocks"] != names:
-            return False
-        return record.get("table_sha256") == self.table_sha256()
-
-    def is_finished(self) -> bool:
-        """There is nothing to do: no row and no output is missing."""
-        asked = self.settings
-        if asked.overwrite or asked.parquet or asked.plot is not None:
-            return False
-        return self.summary.exists() and self.is_up_to_date()
-
-    def refuse_to_lose_rows(self) -> None:
-        """Raises UserError: a CSV is there, and what is wanted would change or lose rows of it."""
-        clips = self.dataset.clips
-        if self.settings.overwrite or not self.csv.exists():
-            return
-        record = self.read_record()
-        dropped = Counter()
-        if record is None:
-            differs = f"  {self.json.name} does not say what made it\n"
-        else:
-            differs = changes(record, self.identity)
-            known = {fname: stamp for fname, stamp, error in record["clips"] if not error}
-            dropped = Counter(fname for fname, _, error in record["clips"] if not error)
-            dropped -= Counter(clip.fname for clip in clips)
-            if dropped:
-                total = f"{len(record['clips'])} clips -> {len(clips)} clips"
-                if len(clips) < len(record["clips"]):
-                    total = f"--max_samples: {total}"
-                differs += f"  {total}; rows would be lost: {some_of([*dropped])}\n"
-            other = [c.fname for c in clips if known.get(c.fname, c.stamp) != c.stamp]
-            if other:
-                differs += f"  files that have changed or gone since: {some_of(other)}\n"
-        if differs:
-            ways_on = "Choose another --output_dir, or replace the CSV with --overwrite."
-            if dropped or any(clip.is_gone for clip in clips):  # --overwrite would lose rows
-                ways_on = "Choose another --output_dir, or bring the clips back."
-            raise UserError(
-                f"{self.csv} was made with other settings or files:\n{differs}{ways_on}"
-            )
-
-    def missing_blocks(self) -> list[Block]:
-        """The blocks that have to be made.
-
-        Raises UserError: the audio folder is gone; one of them has a clip whose file is gone, and
-        its row would be lost; or the folder of the blocks cannot be used.
-        """
-        there = self.list_blocks()
-        missing = [block for block in self.blocks if block.path.name not in there]
-        audio_dir = self.dataset.audio_dir
-        if missing and not (audio_dir.is_dir() and os.listdir(audio_dir)):
-            state = "is empty; was it unmounted?" if audio_dir.is_dir() else "does not exist"
-            raise UserError(f"the audio folder {audio_dir} {state}")
-        lost = [c.fname for b in missing for c in b.clips if c.is_gone and has_file(c.stamp)]
-        if lost:
-            raise UserError(
-                f"the blocks of {len(lost)} clips have to be made again, and the clips' files are "
-                f"gone: {some_of(lost)}. Bring them back; {self.csv} stays as it is."
-            )
-        try:
-            self.blocks_dir.mkdir(parents=True, exist_ok=True)
-            writable = all(os.access(path, os.W_OK) for path in (self.folder, self.blocks_dir))
-            reason = "" if writable else os.strerror(errno.EACCES)
-        except OSError as error:
-            reason = str(error)
-        if reason:
-            raise UserError(f"--output_dir {self.folder} cannot be used: {reason}")
-        if len(missing) == len(self.blocks) and any(map(BLOCK_NAME.fullmatch, there)):
-            say(
-                f"note: {self.blocks_dir} holds blocks, and none fits this run: other settings, "
-                "versions or files made them (copying may have changed the files' times)"
-            )
-        return missing
-
-
-def some_of(names: list[str]) -> str:
-    """Name the first three of a list, and the number of all."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def changes(found: dict, wanted: dict, indent: str = "  ") -> str:
-    """List the differences, one per line. Flags have their names."""
-    lines = ""
-    for key, value in wanted.items():
-        old = found.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            lines += changes(old, dict.fromkeys(old) | value, f"{indent}{key}: ")
-        elif old != value:
-            dashes = "--" if key in Settings.__dataclass_fields__ else ""
-            lines += f"{indent}{dashes}{key}: {old} -> {value}\n"
-    return lines
+    return tuple(extra), list(clips.values())[: settings.max_samples]
 
 
 # -------------------------------------------------------------------------------------------- clips
 
-
-class BadClip(Exception):
-    """A clip cannot be tokenized. The message is its reason in failed_<stem>.csv."""
-
-
+EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "AIFF", "AU")  # these give all that they promise
 UNKNOWN_FORMAT = 1, 4  # libsndfile's errors: the format or the encoding is unknown
-MACHINE_FAULTS = {2: errno.EIO, 17: errno.ENOMEM}  # libsndfile's: a system call or malloc failed
 PIPED = 2**31 - 2**24  # bytes; programs that write to a pipe give sizes from here on
-MIRRORED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # each byte's bits, reversed
+LOUDEST = 100.0  # of samples that may be audio between -1 and 1
 
 
-class Stream(sf.SoundFile):
-    """A file that is read without seeking, because some FLAC streams cannot seek."""
+def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.Tensor, int, str]:
+    """Read a sound file: samples [channels, T] in float32, its sample rate in Hz, and its SHA-256.
 
-    def seekable(self) -> bool:
-        return False
-
-
-def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.Tensor, int]:
-    """Read a clip: samples [channels, T] in float32 at the file's own rate, and that rate in Hz.
-
+    libsndfile decodes it, or torchaudio.load if libsndfile does not know the format.
     Raises BadClip: the file is at fault. OSError, MemoryError: the machine is at fault.
     """
-    with path.open("rb") as file:
-        try:
-            samples, rate = decode_file(file, channels, max_duration_s)
-        except (BadClip, sf.LibsndfileError) as error:
-            file.seek(0)
-            while file.read(2**20):  # raises an I/O error that libsndfile has hidden
-                pass
-            if isinstance(error, BadClip):
-                raise
-            samples, rate = decode_by_torchaudio(path, channels, max_duration_s, error)
-    if samples.shape[1] == 0:
-        raise BadClip("no samples: the file holds a header and no audio")
-    if not samples.abs().max() < 1e6:  # NaN is not below anything
-        raise BadClip("NaN, infinite or absurdly large samples; audio lies within -1 and 1")
-    return samples, rate
+    with path.open("rb") as file:  # raises what libsndfile would hide
+        head = file.read(4096)
+    if not head:
+        raise BadClip("empty file (0 bytes)")
+    if path.suffix.lower() == ".raw":
+        raise BadClip("raw audio without a header has no sample rate: convert it to WAV")
+    try:
+        with sf.SoundFile(str(path)) as audio:
+            check_header(audio, path, max_duration_s)
+            digest = sha256_of(path)  # before decoding: it raises the I/O errors of the disk
+            return decode(audio, channels, max_duration_s), audio.samplerate, digest
+    except sf.LibsndfileError as error:
+        digest = sha256_of(path)
+        if error.code not in UNKNOWN_FORMAT or is_text(head):
+            raise BadClip(explain(error, head)) from error
+        samples, rate = read_by_torchaudio(path, error)
+        check_duration(samples.shape[1] / rate, max_duration_s)
+        return mix_channels(check_samples(samples), channels), rate, digest
+    except UnicodeEncodeError as error:
+        raise BadClip("the name is not UTF-8: rename the file") from error
 
 
-def decode_file(file: BinaryIO, channels: int, max_duration_s: float) -> tuple[torch.Tensor, int]:
-    """Read a file by libsndfile, after the checks that libsndfile leaves out for its format."""
-    with Stream(file.fileno(), closefd=False) as audio:
-        kind = audio.format
-        if kind == "WAV" and audio.subtype.startswith("MPEG"):
-            raise BadClip("an MP3 inside a WAV: libsndfile only estimates its length")
-        if kind not in ("MP3", "OGG", "W64", "CAF") and audio.frames:
-            return decode(audio, channels, max_duration_s)
-    file.seek(0)
-    data = bytearray(file.read())
-    if kind == "MP3":
-        return decode_mp3(data, channels, max_duration_s)
-    if kind == "OGG":
-        check_ogg(data)
-    elif kind in ("W64", "CAF"):
-        check_end(data, kind)
-    elif kind in ("WAV", "WAVEX"):
-        # A program that writes to a pipe may leave a size of 0 for the audio, and one for the file
-        # that is 0 or ends there. libsndfile takes such audio to the file's end if that is 8.
-        size = int.from_bytes(data[4:8], "little")
-        at_audio = data[size : size + 8] == b"data\0\0\0\0"
-        tagged = re.match(rb"TAG|ID3|id3 |LIST", data[size + 8 :])
-        if size == 0 or (at_audio and not tagged):
-            data[4:8] = b"\x08\0\0\0"
-    with Stream(io.BytesIO(data)) as audio:
-        return decode(audio, channels, max_duration_s)
+def check_duration(duration_s: float, max_duration_s: float) -> None:
+    if duration_s > max_duration_s:
+        raise BadClip(
+            f"too long: {duration_s:.1f} s (limit {max_duration_s:g} s, see --max_duration)"
+        )
 
 
-def decode(audio: Stream, channels: int, max_duration_s: float) -> tuple[torch.Tensor, int]:
-    """Read an open file to its end, in pieces, so that no wrong header reserves memory."""
-    rate, promised = audio.samplerate, audio.frames
-    if not 1_000 <= rate <= 1_000_000:
-        raise BadClip(f"a sample rate of {rate} Hz is not plausible")
-    knows_length = promised < 2**40  # a FLAC stream may say 2^48, an MP3 stream 2^63
-    if knows_length and promised > max_duration_s * rate:
-        raise BadClip(f"{promised / rate:.6g} s long, --max_duration is {max_duration_s:g} s")
+def check_header(audio: sf.SoundFile, path: Path, max_duration_s: float) -> None:
+    """Raise BadClip if an open file's header cannot be right, or promises more than there is."""
+    if not 1_000 <= audio.samplerate <= 1_000_000:
+        raise BadClip(f"its header is damaged: a sample rate of {audio.samplerate} Hz")
+    if knows_length(audio):
+        check_duration(audio.frames / audio.samplerate, max_duration_s)
     # libsndfile reduces the size of WAV (data), AIFF (SSND), AU and RF64 to what is there, and says
     # so only in its log.
     sizes = r"^ *(?:data|SSND|Data Size|Riff size) *: (\d+) \(should be (\d+)\)"
-    for claimed, there in re.findall(sizes, audio.extra_info, re.MULTILINE):
-        if int(there) < int(claimed) < PIPED:
-            raise BadClip(f"truncated: {there} of {claimed} bytes of audio are there")
+    for promised, there in re.findall(sizes, audio.extra_info, re.MULTILINE):
+        if int(there) < int(promised) < PIPED:
+            raise BadClip(
+                f"truncated, or its header is wrong: it promises {int(promised):,} bytes of audio, "
+                f"and {int(there):,} are there"
+            )
+    if audio.frames == 0:
+        if "data : 0\n" in audio.extra_info and path.stat().st_size > 100:
+            raise BadClip(
+                "its header says 0 bytes of audio, although more follow (a recording that was not "
+                "closed?): repair it with  ffmpeg -ignore_length 1 -i FILE -c copy REPAIRED.wav"
+            )
+        raise BadClip("no samples: the file holds a header and no audio")
+
+
+def knows_length(audio: sf.SoundFile) -> bool:
+    return audio.frames < 2**40  # a FLAC stream may say 2^48, an MP3 stream 2^63
+
+
+def decode(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.Tensor:
+    """Read the promised samples of an open file, and none behind them: [channels, T].
+
+    It reads in pieces, so that no wrong header reserves memory.
+    """
+    most = audio.frames
+    if not knows_length(audio):
+        most = int(max_duration_s * audio.samplerate) + 1
+        if audio.format == "FLAC":
+            audio.seekable = lambda: False  # soundfile would seek, which is libsndfile's error 39
     pieces, length = [torch.empty(channels, 0)], 0
-    frames = min(2**20 // audio.channels, promised + 1)  # libsndfile zeroes what it cannot fill
-    while len(piece := audio.read(frames, dtype="float32", always_2d=True)):
-        pieces.append(mix_channels(torch.from_numpy(piece.T), channels))
+    while length < most:
+        frames = min(2**25 // audio.channels, most - length)
+        # Zeros, because a decoder may leave memory unwritten where a file is damaged.
+        piece = audio.read(out=np.zeros((frames, audio.channels), dtype=np.float32))
+        if not len(piece):
+            break
+        pieces.append(mix_channels(check_samples(torch.from_numpy(piece.T)), channels))
         length += len(piece)
-        if length > max_duration_s * rate:
-            raise BadClip(f"longer than --max_duration, which is {max_duration_s:g} s")
-    if knows_length and length < promised:
-        raise BadClip(f"truncated: {length} of {promised} samples are there")
-    return torch.cat(pieces, dim=1), rate
+    check_duration(length / audio.samplerate, max_duration_s)
+    if length == 0:
+        raise BadClip("no audio could be decoded")
+    exact = audio.format in EXACT_FORMATS and not audio.subtype.startswith("MPEG")
+    if exact and knows_length(audio) and length < audio.frames:
+        raise BadClip(f"truncated or damaged: {length:,} of {audio.frames:,} samples could be read")
+    return torch.cat(pieces, dim=1)
 
 
-def decode_mp3(data: bytes, channels: int, max_duration_s: float) -> tuple[torch.Tensor, int]:
-    """Read an MP3 through a pipe: libsndfile then reads all and reports a truncated frame.
-
-    In a file, it estimates the length from the size and stops there.
-    """
-    source, sink = os.pipe()
-    threading.Thread(target=feed, args=(sink, data), daemon=True).start()
-    with os.fdopen(source, "rb") as pipe:
-        with Stream(source, closefd=False) as audio:
-            samples, rate = decode(audio, channels, max_duration_s)
-        rest = pipe.read()  # libsndfile stops without an error at what it does not understand
-    if rest.startswith(b"APETAGEX"):
-        rest = rest[32 + int.from_bytes(rest[12:16], "little") :]
-    if rest.startswith(b"TAG"):  # ID3v1
-        rest = rest[128:]
-    if rest.strip(b"\0"):
-        kinds = "damaged, several MP3s in one, or an MP3 of free format"
-        raise BadClip(f"{kinds}: {len(rest)} bytes could not be read")
-    return samples, rate
-
-
-def feed(sink: int, data: bytes) -> None:
-    """Write to a pipe until all is written or its reader has closed it."""
-    with suppress(BrokenPipeError), os.fdopen(sink, "wb") as file:
-        file.write(data)
-
-
-def check_ogg(data: bytes) -> None:
-    """Raise BadClip unless a file is one OGG stream of whole, undamaged pages (RFC 3533)."""
-    at, flags = 0, 0
-    while at < len(data):
-        sizes = data[at + 27 : at + 27 + sum(data[at + 26 : at + 27])]
-        page = bytearray(data[at : at + 27 + len(sizes) + sum(sizes)])
-        checksum, page[22:26] = bytes(page[22:26]), bytes(4)
-        # zlib's CRC-32 has OGG's polynomial, but inverts it and takes each byte's bits in reverse.
-        crc = zlib.crc32(page.translate(MIRRORED), 0xFFFFFFFF) ^ 0xFFFFFFFF
-        if crc.to_bytes(4, "big").translate(MIRRORED) != checksum:
-            raise BadClip(f"truncated or damaged: the OGG page at byte {at} has a wrong checksum")
-        flags = page[5]
-        if flags & 2 and at:
-            raise BadClip("several OGG streams in one; only the first could be read")
-        at += len(page)
-    if not flags & 4:
-        raise BadClip("truncated: the last OGG page is missing")
-
-
-def check_end(data: bytes, kind: str) -> None:
-    """Raise BadClip unless the audio of a W64 or CAF ends with the file, as libsndfile takes it."""
-    name, header, padding, order = b"data", 0, 1, "big"
-    if kind == "W64":  # its sizes include the header
-        name, header = b"data\xf3\xac\xd3\x11\x8c\xd1\0\xc0O\x8e\xdb\x8a", 24
-        padding, order = 0, "little"
-    chunks = re.finditer(name + rb"(.{8})", data, re.DOTALL)
-    ends = [chunk.end() - header + int.from_bytes(chunk[1], order) for chunk in chunks]
-    if not any(len(data) - padding <= end <= len(data) for end in ends):
-        raise BadClip("truncated, or its audio does not end with the file")
-
-
-def decode_by_torchaudio(
-    path: Path, channels: int, max_duration_s: float, error: sf.LibsndfileError
-) -> tuple[torch.Tensor, int]:
-    """Read a file by torchaudio.load if libsndfile's error says that the format is unknown.
-
-    torchaudio needs TorchCodec and FFmpeg since 2.9. FFmpeg plays what is left of a damaged file.
-    """
-    reason = error.error_string.strip()
-    if error.code in MACHINE_FAULTS:
-        raise OSError(MACHINE_FAULTS[error.code], reason, str(path)) from error
-    with path.open("rb") as file:
-        if re.fullmatch(rb"[\t\n\r -~]+", file.read(4096)):
-            raise BadClip("not audio: it holds text") from error
-    if error.code not in UNKNOWN_FORMAT:
-        damaged = "damaged, or of a kind that libsndfile cannot decode"
-        raise BadClip(f"{damaged} ({reason})") from error
-    try:
-        samples, rate = torchaudio.load(path)
-    except MemoryError:
-        raise
-    except Exception as other:  # any decoder's, or TorchCodec's absence
-        if getattr(other, "errno", None) not in {None, *CLIP_ERRNOS}:
-            raise
-        if "allocate memory" in str(other):  # PyTorch's words for no memory
-            raise
-        reasons = " ".join(f"soundfile: {reason}; torchaudio: {other}".split())
-        raise BadClip(f"not audio that can be read ({reasons})") from other
-    duration_s = samples.shape[1] / rate
-    if duration_s > max_duration_s:
-        raise BadClip(f"{duration_s:.6g} s long, --max_duration is {max_duration_s:g} s")
-    return mix_channels(samples, channels), rate
+def check_samples(samples: torch.Tensor) -> torch.Tensor:
+    """Return the samples. Raises BadClip: they are no audio between -1 and 1."""
+    peak = max(abs(samples.min().item()), abs(samples.max().item())) if samples.numel() else 0.0
+    if not math.isfinite(peak):
+        raise BadClip("NaN or infinite samples")
+    if peak > LOUDEST:
+        raise BadClip(
+            f"samples up to {peak:g}, but audio lies between -1 and 1: divide them by the full "
+            "scale (32768 for 16 bits), or save the file as 16-bit PCM"
+        )
+    return samples
 
 
 def mix_channels(samples: torch.Tensor, channels: int) -> torch.Tensor:
@@ -1058,17 +866,83 @@ def mix_channels(samples: torch.Tensor, channels: int) -> torch.Tensor:
     return samples.mean(dim=0, keepdim=True).repeat(channels, 1)
 
 
-@lru_cache(maxsize=8)
-def resampler(rate: int, model_rate: int, device: str) -> torchaudio.transforms.Resample:
-    """torchaudio's resampler with its defaults, as in EnCodec's convert_audio, kept for reuse.
+def explain(error: sf.LibsndfileError, head: bytes) -> str:
+    """Say why libsndfile failed to read a file that begins with `head`.
 
-    Its kernel has as many entries as the product of the reduced rates: 4 GB for 44,101 Hz. Ratios
-    of more than 2^22 entries are met by the nearest of fewer, within 2.4e-4 up to 192 kHz; the
-    rates in common use (8, 11.025, 22.05, 44.1, 48, 96, 192 kHz, ...) are exact.
+    Raises OSError, MemoryError: the machine is at fault.
     """
+    reason = error.error_string.strip()
+    if error.code == 2:  # a system call failed, although the file can be read
+        raise OSError(errno.EIO, reason) from error
+    if error.code == 17:
+        raise MemoryError(reason) from error
+    if is_text(head):
+        return "not audio: the file holds text"
+    if re.match(rb"ID3|APETAGEX|TAG", head):
+        return f"no audio behind its tag could be decoded (libsndfile: {reason})"
+    if error.code == 24:  # "SF_INFO struct incomplete"
+        return "its header is damaged: a sample rate or a number of channels of 0"
+    return f"damaged, or not a sound file (libsndfile: {reason})"
+
+
+def is_text(head: bytes) -> bool:
+    """Tell whether a file begins like text, in whatever encoding."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16 or UTF-32
+        return True
+    bare = head.replace(b"\0", b"")  # the other half of Latin letters in UTF-16
+    return bool(bare) and not re.search(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f]", bare)
+
+
+def read_by_torchaudio(path: Path, unknown: sf.LibsndfileError) -> tuple[torch.Tensor, int]:
+    """Read a file of a format that libsndfile does not know: samples [C, T], and the rate in Hz.
+
+    torchaudio needs TorchCodec and FFmpeg since 2.9. FFmpeg plays what is left of a damaged file.
+    """
+    try:
+        return torchaudio.load(path)
+    except MemoryError:
+        raise
+    except Exception as error:  # any decoder's, or TorchCodec's absence
+        if getattr(error, "errno", None) not in {None, *CLIP_ERRNOS}:
+            raise
+        if "allocate memory" in str(error):  # PyTorch's words for no memory
+            raise MemoryError(str(error)) from error
+        reasons = f"soundfile: {unknown.error_string} torchaudio: {error}"
+        raise BadClip(f"not audio that can be read ({' '.join(reasons.split())})") from error
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+RESAMPLERS = threading.Lock()
+
+
+@lru_cache(maxsize=8)
+def make_resampler(rate: int, model_rate: int, device: str) -> torchaudio.transforms.Resample:
     ratio = Fraction(rate, model_rate)
-    ratio = ratio.limit_denominator(max(1, int(2**11 / math.sqrt(ratio))))
-    return torchaudio.transforms.Resample(ratio.numerator, ratio.denominator).to(device)
+    nearest = ratio.limit_denominator(max(1, int(math.sqrt(2**25 / ratio))))
+    if nearest != ratio:
+        met = float(model_rate * nearest)
+        say(
+            f"note: {rate} Hz is an odd sample rate; such clips are resampled as if it were {met:g}"
+        )
+    return torchaudio.transforms.Resample(nearest.numerator, nearest.denominator).to(device)
+
+
+def resample(samples: torch.Tensor, rate: int, settings: Settings) -> torch.Tensor:
+    """Resample [C, T] to the model's rate with torchaudio's defaults, as EnCodec's convert_audio.
+
+    torchaudio's kernel has as many entries as the product of the reduced rates: 4 GB for 44,101 Hz.
+    Ratios of more than 2^25 entries are met by the nearest one of fewer.
+    """
+    with RESAMPLERS:  # a kernel is made once, and its note printed once
+        resampler = make_resampler(rate, MODELS[settings.model].sample_rate, settings.device)
+    return resampler(samples.to(settings.device))
 
 
 # ------------------------------------------------------------------------------------------- chunks
@@ -1096,58 +970,6 @@ def split_chunks(audio: torch.Tensor, settings: Settings) -> tuple[list[int], li
     return starts, [audio[:, start : start + chunk] for start in starts]
 
 
-def load_clip(clip: Clip, settings: Settings) -> Clip:
-    """Read, resample and cut a clip: fills in its facts and its chunks, or why there are none.
-
-    Raises RunError: the file has changed since the block was named. OSError: the machine's faults.
-    """
-    started, spec = time.perf_counter(), MODELS[settings.model]
-    try:
-        if not has_file(clip.stamp):
-            raise BadClip(f"{NO_FILE}: {clip.path}" if clip.stamp == NO_FILE else clip.stamp)
-        if clip.stamp.startswith("0 "):
-            raise BadClip("empty file (0 bytes)")
-        samples, clip.rate = read_audio(clip.path, spec.channels, settings.max_duration)
-        clip.duration_s, clip.silent = samples.shape[1] / clip.rate, not samples.any()
-        samples = samples.to(settings.device)
-        audio = resampler(clip.rate, spec.sample_rate, settings.device)(samples)  # [C, T]
-        clip.starts, clip.chunks = split_chunks(audio, settings)
-    except BadClip as reason:
-        clip.error = str(reason)
-    except OSError as error:
-        if error.errno not in CLIP_ERRNOS:
-            raise
-        clip.error = f"cannot be opened: {error.strerror}"
-    if clip.path and read_stamp(clip.path) != clip.stamp:
-        raise RunError(
-            f"{clip.path} changed or disappeared during the run. Run the same command again."
-        )
-    clip.load_s = time.perf_counter() - started
-    return clip
-
-
-def one_core_pool(threads: int) -> ThreadPoolExecutor:
-    """Threads of one core each, so that no sum depends on the number of cores."""
-    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-
-
-def load_clips(clips: Iterable[Clip], settings: Settings) -> Iterator[Clip]:
-    """Call load_clip in threads, in order; a few clips ahead, and none once 60 s are loaded."""
-    pool, clips = one_core_pool(settings.workers), iter(clips)
-    ahead: deque[tuple[Clip, Future]] = deque()
-    try:
-        while True:
-            while len(ahead) <= 2 * settings.workers and sum(c.duration_s for c, _ in ahead) < 60:
-                if (clip := next(clips, None)) is None:
-                    break
-                ahead.append((clip, pool.submit(load_clip, clip, settings)))
-            if not ahead:
-                return
-            yield ahead.popleft()[1].result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 # ------------------------------------------------------------------------------------------ weights
 
 
@@ -1165,12 +987,12 @@ def find_weights(settings: Settings) -> Path | None:
     if settings.weights == "pretrained":
         path = Path(torch.hub.get_dir(), "checkpoints", spec.checkpoint)
         if not path.exists() and not download(path):
-            if settings.dataset == "sample" and not (settings.metadata or settings.audio_dir):
+            if settings.dataset == "sample" and not settings.audio_dir:
                 return None
             raise UserError(
                 f"the pretrained weights could not be downloaded from {ROOT_URL}{path.name}\n"
                 f"Download that file elsewhere and copy it to {path},\n"
-                "or name it with --weights FILE. For a rehearsal without it: --weights untrained"
+                "or name it with --weights FILE. To test a run without them: --weights untrained"
             )
     elif path.is_dir():
         path /= "model.safetensors"
@@ -1184,14 +1006,6 @@ def find_weights(settings: Settings) -> Path | None:
             "its name. Delete it, and run again or download it elsewhere."
         )
     return path
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def download(path: Path) -> bool:
@@ -1254,12 +1068,10 @@ def fitting(state: dict, model: EncodecModel) -> dict[str, torch.Tensor] | None:
     """Rename `state` to EnCodec's own names; None if it belongs to another model."""
     named = {}
     for name, wanted in model.state_dict().items():
-        candidates = (state.get(key) for key in (name, *transformers_names(name)))
-        tensor = next((t for t in candidates if getattr(t, "shape", None) == wanted.shape), None)
-        if tensor is None:
-            return None
-        named[name] = tensor
-    return named if len(named) == len(state) else None
+        for key in (name, *transformers_names(name)):
+            if getattr(state.get(key), "shape", None) == wanted.shape:
+                named[name] = state[key]
+    return named if len(named) == len(state) == len(model.state_dict()) else None
 
 
 def load_model(settings: Settings, path: Path | None) -> tuple[EncodecModel, str]:
@@ -1294,7 +1106,7 @@ def load_model(settings: Settings, path: Path | None) -> tuple[EncodecModel, str
 
 @torch.no_grad()
 def untrained_model(name: str) -> EncodecModel:
-    """Seeded random weights, for rehearsals: rows of the right shape that mean nothing.
+    """Build a model with seeded random weights, to test runs: its tokens have no meaning.
 
     A fresh EnCodec's codebooks are all zero, and so would be its tokens. Here each codebook is
     drawn around the residuals that the codebooks before it leave of some noise.
@@ -1337,6 +1149,121 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if has_avx512() and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+@lru_cache
+def one_core_pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Return this process's threads that encode, one core each: no sum depends on their number.
+
+    `process` is os.getpid(): a forked process has none of its parent's threads.
+    """
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+class Encoder:
+    """Turns chunks into the codes that EncodecModel.encode gives, by EnCodec's modules on batches.
+
+    This is the encoder for GPUs. An encoder can be pickled, and used in forked processes.
+    """
+
+    threads = 1  # they feed the GPU
+
+    def __init__(self, model: EncodecModel, settings: Settings) -> None:
+        for module in model.encoder.modules():
+            if hasattr(module, "weight_g"):  # fold the norm into the weight once, not every call
+                torch.nn.utils.remove_weight_norm(module)
+        self.model, self.settings = model, settings
+        model.encoder.to(settings.device)
+        model.quantizer.to(settings.device)
+        count = model.quantizer.get_num_quantizers_for_bandwidth(model.frame_rate, model.bandwidth)
+        books = [layer.codebook for layer in model.quantizer.vq.layers[:count]]  # [1024, D] each
+        self.codebooks = [(book, 2 * book, -book.pow(2).sum(1)) for book in books]
+
+    def encode(self, chunks: list[torch.Tensor]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """Encode chunks [C, T]; yields the codes [K, F], uint16, and the latents [D, F] of each.
+
+        Segments are sorted by length, the longest first. Each is convolved on a core of its own,
+        and batches of one length go through the LSTM and the codebooks. The pool's order is first
+        in, first out, so no batch waits for a convolution that has not started.
+        """
+        counts, segments = [], []
+        for chunk in chunks:
+            parts = self.segments(chunk)
+            counts.append(len(parts))
+            segments += parts
+        lengths = [segment.shape[1] for segment in segments]
+        order = sorted(range(len(segments)), key=lambda number: -lengths[number])
+        pool = one_core_pool(self.threads, os.getpid())
+        convolved = {number: pool.submit(self.convolve, segments[number]) for number in order}
+        results: dict[int, tuple[Future, int]] = {}  # number of a segment -> batch, place in it
+        for _, same in groupby(order, key=lambda number: lengths[number]):
+            same = list(same)
+            for start in range(0, len(same), self.settings.batch_size):
+                batch = same[start : start + self.settings.batch_size]
+                future = pool.submit(self.quantize_batch, [convolved.pop(i) for i in batch])
+                results.update({number: (future, place) for place, number in enumerate(batch)})
+        number = 0
+        for count in counts:
+            codes, latents = [], []
+            for _ in range(count):
+                future, place = results.pop(number)
+                codes.append(future.result()[0][place])
+                latents.append(future.result()[1][place])
+                number += 1
+            yield np.concatenate(codes, axis=1), torch.cat(latents, dim=1)
+
+    def segments(self, chunk: torch.Tensor) -> list[torch.Tensor]:
+        """Cut a chunk [C, T] as the model itself does; the codes of its segments follow each other.
+
+        The 24 kHz model takes it in one piece, the 48 kHz model in segments of 1 s that overlap by
+        1 % (EncodecModel.encode).
+        """
+        length = self.model.segment_length or chunk.shape[1]
+        starts = range(0, chunk.shape[1], self.model.segment_stride or length)
+        return [chunk[:, start : start + length] for start in starts]
+
+    @torch.inference_mode()
+    def convolve(self, segment: torch.Tensor) -> torch.Tensor:
+        """Divide a segment [C, T] by its loudness, as EncodecModel does, and prepare it."""
+        if self.model.normalize:
+            mono = segment.mean(dim=0, keepdim=True)
+            segment = segment / (1e-8 + mono.pow(2).mean(dim=1, keepdim=True).sqrt())
+        return self.convolutions(segment)
+
+    @torch.inference_mode()
+    def quantize_batch(self, convolved: list[Future]) -> tuple[np.ndarray, torch.Tensor]:
+        """Turn the results of `convolve` for B segments of one length into codes and latents.
+
+        Returns codes [B, K, F], uint16, and latents [B, D, F], on the CPU.
+        """
+        latents = self.latents([future.result() for future in convolved])
+        return self.quantize(latents), latents.cpu()
+
+    def convolutions(self, segment: torch.Tensor) -> torch.Tensor:
+        return segment  # a GPU takes them in batches, with the rest of the encoder
+
+    def latents(self, segments: list[torch.Tensor]) -> torch.Tensor:
+        """Turn the results of `convolutions` for B segments into the encoder's output [B, D, F]."""
+        return self.model.encoder(torch.stack(segments))
+
+    @torch.inference_mode()
+    def quantize(self, latents: torch.Tensor) -> np.ndarray:
+        """[B, D, F] -> codes [B, K, F]: the nearest code to what the codebooks before it left."""
+        rows = latents.transpose(1, 2).reshape(-1, latents.shape[1])  # [B * F, D]
+        rows = rows.to(self.codebooks[0][0].device)
+        codes = torch.cat([self.nearest(part) for part in rows.split(8192)], dim=1)  # [K, B * F]
+        codes = codes.view(len(codes), len(latents), -1).transpose(0, 1)
+        return codes.cpu().numpy().astype(np.uint16)
+
+    def nearest(self, residual: torch.Tensor) -> torch.Tensor:
+        """[R, D] -> [K, R]"""
+        codes = []
+        for book, doubled, minus_squared in self.codebooks:
+            # |x - e|^2 is least where 2 x.e - |e|^2 is greatest.
+            nearest = linear(residual, doubled, minus_squared).max(dim=1).indices
+            residual = residual - book[nearest]
+            codes.append(nearest)
+        return torch.stack(codes)
 
 
 # The last `left` frames [left, C] of each convolution's input, for the next piece of the audio.
@@ -1384,7 +1311,7 @@ class FastConv:
         return padded
 
     def __call__(self, x: torch.Tensor, tails: Tails) -> torch.Tensor:
-        """[T, C] -> [ceil(T / stride), C']; `tails`: see CpuEncoder.convolve."""
+        """[T, C] -> [ceil(T / stride), C']; `tails`: see CpuEncoder.convolutions."""
         if self.kernel == 1:
             y = linear(elu(x) if self.after_elu else x, self.weight, self.bias)
         elif self.kernel == 2 * self.stride:
@@ -1401,7 +1328,13 @@ class FastConv:
         return torch.addcmul(self.norm.bias - mean * scale, y, scale, out=y)
 
 
-class CpuEncoder:
+def residual_block(
+    shortcut: FastConv, wide: FastConv, narrow: FastConv, x: torch.Tensor, tails: Tails
+) -> torch.Tensor:
+    return shortcut(x, tails).add_(narrow(wide(x, tails), tails))
+
+
+class CpuEncoder(Encoder):
     """EnCodec's encoder for a CPU: the convolutions segment by segment, the LSTM over a batch.
 
     A segment's activations fit the cache, and a batch's do not; the LSTM reads all its weights at
@@ -1410,31 +1343,28 @@ class CpuEncoder:
     as larger ones.
     """
 
+    threads = THREADS
     lstm_frames = 1500  # a longer segment goes through the LSTM in pieces, to save memory
 
-    def __init__(self, model: EncodecModel, batch_size: int) -> None:
-        self.batch_size, self.hop = batch_size, int(model.encoder.hop_length)
-        self.causal = model.encoder.model[0].causal
-        self.convolutions: list[Callable[[torch.Tensor, Tails], torch.Tensor]] = []
+    def __init__(self, model: EncodecModel, settings: Settings) -> None:
+        super().__init__(model, settings)
+        self.hop, self.causal = int(model.encoder.hop_length), model.encoder.model[0].causal
+        self.layers: list[Callable[[torch.Tensor, Tails], torch.Tensor]] = []
         after_elu = False
         for module in model.encoder.model[:-1]:
             if isinstance(module, SConv1d):
-                self.convolutions.append(FastConv(module, after_elu))
+                self.layers.append(FastConv(module, after_elu))
             elif isinstance(module, SEANetResnetBlock):
-                self.convolutions.append(self.residual_block(module))
+                shortcut = FastConv(module.shortcut, after_elu=False)
+                wide, narrow = (FastConv(module.block[i], after_elu=True) for i in (1, 3))
+                self.layers.append(partial(residual_block, shortcut, wide, narrow))
             elif isinstance(module, SLSTM):
                 self.lstm = module.lstm
             after_elu = isinstance(module, torch.nn.ELU)
         # EnCodec's own module: it rounds less over 3,584 terms a sum, and costs little.
         self.last = model.encoder.model[-1]
 
-    @staticmethod
-    def residual_block(module: SEANetResnetBlock) -> Callable[[torch.Tensor, Tails], torch.Tensor]:
-        shortcut = FastConv(module.shortcut, after_elu=False)
-        wide, narrow = (FastConv(module.block[i], after_elu=True) for i in (1, 3))
-        return lambda x, tails: shortcut(x, tails).add_(narrow(wide(x, tails), tails))
-
-    def convolve(self, segment: torch.Tensor) -> torch.Tensor:
+    def convolutions(self, segment: torch.Tensor) -> torch.Tensor:
         """Turn [C, T] into the LSTM's input [F, 512].
 
         A causal model takes pieces of 50 frames or more, which fit the cache and need no more
@@ -1446,14 +1376,14 @@ class CpuEncoder:
         sizes = [piece] * (len(x) // piece - 1)
         pieces = []
         for y in x.split([*sizes, len(x) - sum(sizes)]):
-            for convolution in self.convolutions:
-                y = convolution(y, tails)
+            for layer in self.layers:
+                y = layer(y, tails)
             pieces.append(y)
         return torch.cat(pieces)
 
     def latents(self, segments: list[torch.Tensor]) -> torch.Tensor:
         """Turn B convolved segments [F, 512] of one length into the encoder's output [B, D, F]."""
-        num_frames, fill = len(segments[0]), self.batch_size - len(segments)
+        num_frames, fill = len(segments[0]), self.settings.batch_size - len(segments)
         x, state = segments[0].new_empty(len(segments), 512, num_frames), None
         for at in range(0, num_frames, self.lstm_frames):
             part = slice(at, at + self.lstm_frames)
@@ -1464,534 +1394,589 @@ class CpuEncoder:
         return torch.cat([self.last(one[None]) for one in x])
 
 
-class GpuEncoder:
-    """EnCodec's own encoder on batches, for a GPU; on halves of them if memory is short."""
-
-    def __init__(self, model: EncodecModel, batch_size: int) -> None:
-        self.encoder, self.fits = model.encoder, batch_size
-
-    def convolve(self, segment: torch.Tensor) -> torch.Tensor:
-        return segment
-
-    def latents(self, segments: list[torch.Tensor]) -> torch.Tensor:
-        """Turn B segments [C, T] of one length into [B, D, F]."""
-        while True:
-            try:
-                return torch.cat([self.encoder(b) for b in torch.stack(segments).split(self.fits)])
-            except torch.OutOfMemoryError:
-                if self.fits == 1:
-                    raise
-            self.fits = (min(self.fits, len(segments)) + 1) // 2
-            say(f"note: out of GPU memory; the batches have {self.fits} chunks from now on")
-            torch.cuda.empty_cache()
-
-
-class Encoder:
-    """Turns chunks into the codes that EncodecModel.encode gives, in less time."""
-
-    def __init__(self, model: EncodecModel, settings: Settings) -> None:
-        for module in model.encoder.modules():
-            if hasattr(module, "weight_g"):  # fold the norm into the weight once, not every call
-                torch.nn.utils.remove_weight_norm(module)
-        model.encoder.to(settings.device)
-        model.quantizer.to(settings.device)
-        kind = CpuEncoder if settings.device == "cpu" else GpuEncoder
-        self.inner, self.model, self.settings = kind(model, settings.batch_size), model, settings
-        self.wants_latents = settings.aggregate in ("latent", "medoid")
-        count = model.quantizer.get_num_quantizers_for_bandwidth(model.frame_rate, model.bandwidth)
-        books = [layer.codebook for layer in model.quantizer.vq.layers[:count]]  # [1024, D] each
-        self.codebooks = [(book, 2 * book, -book.pow(2).sum(1)) for book in books]
-
-    def segments(self, chunk: torch.Tensor) -> list[torch.Tensor]:
-        """Cut a chunk [C, T] as the model itself does; the codes of its segments follow each other.
-
-        The 24 kHz model takes it in one piece, the 48 kHz model in segments of 1 s that overlap by
-        1 % (EncodecModel.encode).
-        """
-        length = self.model.segment_length or chunk.shape[1]
-        starts = range(0, chunk.shape[1], self.model.segment_stride or length)
-        return [chunk[:, start : start + length] for start in starts]
-
-    @torch.inference_mode()
-    def convolve(self, segment: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Run a segment [C, T] through the convolutions; also returns the seconds that took."""
-        started = time.perf_counter()
-        if self.model.normalize:  # the loudness, as EncodecModel does
-            mono = segment.mean(dim=0, keepdim=True)
-            segment = segment / (1e-8 + mono.pow(2).mean(dim=1, keepdim=True).sqrt())
-        return self.inner.convolve(segment), time.perf_counter() - started
-
-    @torch.inference_mode()
-    def codes(self, convolved: list[Future]) -> tuple[np.ndarray, torch.Tensor | None, float]:
-        """Turn the results of `convolve` for B segments of one length into their codes.
-
-        Returns codes [B, K, F]; latents [B, D, F] if they are wanted; seconds, a segment's share.
-        """
-        features, seconds = zip(*(future.result() for future in convolved))
-        started = time.perf_counter()
-        latents = self.inner.latents(list(features))
-        codes = self.quantize(latents).cpu().numpy()
-        latents = latents.cpu() if self.wants_latents else None
-        return codes, latents, (sum(seconds) + time.perf_counter() - started) / len(features)
-
-    def quantize(self, latents: torch.Tensor) -> torch.Tensor:
-        """[B, D, F] -> [B, K, F]: each codebook's code nearest to the residual of those before."""
-        rows = latents.transpose(1, 2).reshape(-1, latents.shape[1])  # [B * F, D]
-        codes = torch.cat([self.nearest(part) for part in rows.split(8192)], dim=1)  # [K, B * F]
-        return codes.view(len(codes), len(latents), -1).transpose(0, 1)
-
-    def nearest(self, residual: torch.Tensor) -> torch.Tensor:
-        """[R, D] -> [K, R]"""
-        codes = []
-        for book, doubled, minus_squared in self.codebooks:
-            # |x - e|^2 is least where 2 x.e - |e|^2 is greatest.
-            nearest = linear(residual, doubled, minus_squared).max(dim=1).indices
-            residual = residual - book[nearest]
-            codes.append(nearest)
-        return torch.stack(codes)
-
-
-@dataclass(eq=False, slots=True)
-class Segment:
-    """A part of a chunk on its way through the encoder."""
-
-    number: int  # in the order of arrival
-    convolved: Future | None  # of Encoder.convolve; None in a batch, so that memory is freed
-    batch: Future | None = None  # of Encoder.codes; None until its batch is closed
-    place: int = 0  # in the batch
-
-
-class Batches:
-    """Collects segments of one length into batches, and starts the work on them.
-
-    Every segment is convolved on a core of its own, and every `batch_size` of one length, in order,
-    go through the LSTM and the codebooks together. A batch is closed only after as many more
-    segments as there are threads, because its own are convolved by then and no thread waits for
-    another. On CUDA one thread feeds the GPU.
-    """
-
-    def __init__(self, encoder: Encoder, settings: Settings) -> None:
-        self.encoder, self.size = encoder, settings.batch_size
-        self.threads = THREADS if settings.device == "cpu" else 1
-        self.pool = one_core_pool(self.threads)
-        self.queues: dict[int, deque[Segment]] = defaultdict(deque)  # by length, in no batch yet
-        self.count = 0
-
-    def add(self, samples: torch.Tensor) -> Segment:
-        """Start on a segment [C, T], and on the batches that are due."""
-        self.count += 1
-        segment = Segment(self.count, self.pool.submit(self.encoder.convolve, samples))
-        length = samples.shape[1] if self.size > 1 else 0  # batches of 1 are of any length
-        self.queues[length].append(segment)
-        full = self.size + self.threads
-        for queue in self.queues.values():  # a rare length waits for two batches at most
-            if queue and (len(queue) == full or self.count - queue[0].number >= 2 * full):
-                self.close(queue)
-        return segment
-
-    def close(self, queue: deque[Segment]) -> None:
-        segments = [queue.popleft() for _ in range(min(self.size, len(queue)))]
-        codes = self.pool.submit(self.encoder.codes, [segment.convolved for segment in segments])
-        for place, segment in enumerate(segments):
-            segment.convolved, segment.batch, segment.place = None, codes, place
-
-    def close_all(self) -> None:
-        for queue in self.queues.values():
-            while queue:
-                self.close(queue)
-        self.queues.clear()
-
-
-def encode_clips(clips: Iterable[Clip], encoder: Encoder) -> Iterator[Clip]:
-    """Encode the chunks of clips; yields the clips, with their codes, in their order.
-
-    What is in flight is limited in seconds of audio, and a clip waits until its segments are all in
-    batches. A block's last clip closes all batches, so batches depend on the block alone.
-    """
-    settings = encoder.settings
-    batches = Batches(encoder, settings)
-    most = 2 * (batches.threads + settings.batch_size) * settings.chunk_samples
-    most = max(most, 30 * MODELS[settings.model].sample_rate)
-    waiting: deque[tuple[Clip, list[list[Segment]], int]] = deque()  # segments, samples of a clip
-    in_flight = 0  # samples
-    try:
-        for clip in clips:
-            chunks = [[batches.add(s) for s in encoder.segments(chunk)] for chunk in clip.chunks]
-            samples = sum(chunk.shape[1] for chunk in clip.chunks)
-            clip.chunks = []  # memory: the segments are views of them
-            waiting.append((clip, chunks, samples))
-            in_flight += samples
-            if clip.ends_block:
-                batches.close_all()
-            while in_flight - waiting[0][2] > most and is_batched(waiting[0][1]):
-                in_flight -= waiting[0][2]
-                yield with_codes(*waiting.popleft()[:2])
-        batches.close_all()
-        while waiting:
-            yield with_codes(*waiting.popleft()[:2])
-    finally:
-        batches.pool.shutdown(wait=False, cancel_futures=True)
-
-
-def is_batched(chunks: list[list[Segment]]) -> bool:
-    return all(segment.batch for chunk in chunks for segment in chunk)
-
-
-def with_codes(clip: Clip, chunks: list[list[Segment]]) -> Clip:
-    """Give a clip the codes of its chunks, from its segments' batches."""
-    codes = []
-    for segments in chunks:
-        results = [(*segment.batch.result(), segment.place) for segment in segments]
-        codes.append(np.concatenate([codes[place] for codes, _, _, place in results], axis=1))
-        if results[0][1] is not None:
-            clip.latents.append(torch.cat([latents[at] for _, latents, _, at in results], dim=1))
-        clip.encode_s += sum(seconds for _, _, seconds, _ in results)
-    if codes:
-        clip.codes = np.stack(codes)
-    return clip
+def make_encoder(model: EncodecModel, settings: Settings) -> Encoder:
+    """Return the encoder for the device of settings from resolve_device."""
+    return (CpuEncoder if settings.device == "cpu" else Encoder)(model, settings)
 
 
 def load_encoder(settings: Settings) -> Encoder:
     """Find, load and set up the weights, for `tokenize`. Raises UserError: see find_weights."""
     settings = resolve_device(settings)
-    return Encoder(load_model(settings, find_weights(settings))[0], settings)
+    model, weights = load_model(settings, find_weights(settings))
+    if weights == UNTRAINED:
+        warnings.warn(UNTRAINED_WARNING, stacklevel=2)
+    return make_encoder(model, settings)
 
 
-def tokenize(path: str | Path, encoder: Encoder) -> np.ndarray:
-    """Tokenize one audio file, as a run does.
+def tokenize(sound: object, encoder: Encoder, rate: int | None = None) -> object:
+    """Tokenize one sound, or a list of them together.
+
+    A sound is the path of a file, or an array or tensor of samples between -1 and 1, [T] or [C, T],
+    at the sample rate `rate` in Hz.
 
     Returns codes [N, K, F], int64 within 0..1023: N chunks (1 with Settings(whole=True)), K
-    codebooks, F frames; 75 frames are a second at 24 kHz.
+    codebooks, F frames; 75 frames are a second at 24 kHz. A list gives a list.
 
-    Raises BadClip: the file is missing, damaged, or no audio. OSError: the machine is at fault.
+    Raises BadClip: a file is missing, damaged, or no audio, or samples are none between -1 and 1.
+    ValueError: the shape or the rate of samples is wrong. OSError: the machine is at fault.
     """
-    path = Path(path)
-    clip = load_clip(Clip(path.name, path=path, stamp=read_stamp(path)), encoder.settings)
-    if clip.error:
-        raise BadClip(f"{path}: {clip.error}")
-    (clip,) = encode_clips([clip], encoder)
-    return clip.codes
-
-
-# ------------------------------------------------------------------------------------------- blocks
-
-
-def aggregate(clip: Clip, how: str, model: EncodecModel) -> np.ndarray:
-    """Turn the codes of a clip's chunks into those of its rows [R, K, F]; R is 1 but for `none`.
-
-    mean: the mean of the codes, rounded; with several chunks these are no codes of EnCodec's.
-    latent: the codes of the mean of the chunks' latents.
-    medoid: the codes of the chunk whose latents are nearest to that mean (Euclidean).
-    none: every chunk's codes.
-    """
-    codes = clip.codes  # [N, K, F]
-    if how == "none":
-        return codes
-    if how == "mean":
-        return np.rint(codes.mean(axis=0, keepdims=True)).astype(np.int64)
-    latents = torch.stack(clip.latents)  # [N, D, F]
-    mean = latents.mean(dim=0, keepdim=True)
-    if how == "medoid":
-        nearest = int((latents - mean).pow(2).sum(dim=(1, 2)).argmin())
-        return codes[nearest : nearest + 1]
-    if how == "latent":
-        mean = mean.to(next(model.quantizer.buffers()).device)
-        coded = model.quantizer.encode(mean, model.frame_rate, model.bandwidth)  # [K, 1, F]
-        return coded.transpose(0, 1).cpu().numpy()
-    raise ValueError(f"unknown aggregate: {how}")
-
-
-def code_counts(clips: list[Clip]) -> np.ndarray:
-    """Count how often each code occurs in the chunks of clips: [K, 1024]; [0, 1024] for none."""
-    books = zip(*(clip.codes.swapaxes(0, 1) for clip in clips))  # K of [N, F] a clip
-    counts = [
-        np.bincount(np.concatenate([codes.ravel() for codes in book]), minlength=NUM_CODES)
-        for book in books
+    sounds = sound if isinstance(sound, list) else [sound]
+    chunks, counts = [], []
+    for one in sounds:
+        if isinstance(one, (str, os.PathLike)):
+            audio = load_file(Path(one), encoder.settings)
+        else:
+            audio = load_samples(one, rate, encoder.settings)
+        parts = split_chunks(audio, encoder.settings)[1]
+        chunks += parts
+        counts.append(len(parts))
+    encoded = encoder.encode(chunks)
+    codes = [
+        np.stack([next(encoded)[0] for _ in range(count)]).astype(np.int64) for count in counts
     ]
-    return np.array(counts, dtype=np.int64).reshape(-1, NUM_CODES)
+    return codes if isinstance(sound, list) else codes[0]
 
 
-@contextmanager
-def replacing(path: Path, folder: Path) -> Iterator[Path]:
-    """A temporary path in `folder`, which replaces `path` atomically if the body succeeds."""
-    temporary = temporary_path(folder, path.suffix)
+def load_file(path: Path, settings: Settings) -> torch.Tensor:
+    """Read and resample a file for `tokenize`: [C, T]. Raises BadClip, OSError."""
+    channels = MODELS[settings.model].channels
     try:
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        found = look_at(path)
+        if isinstance(found, str):
+            raise BadClip(found)
+        samples, rate, _ = read_audio(path, channels, settings.max_duration)
+    except BadClip as error:
+        raise BadClip(f"{path}: {error}") from error
+    return resample(samples, rate, settings)
 
 
-def temporary_path(folder: Path, suffix: str = "") -> Path:
-    return folder / f"{uuid.uuid4().hex}.tmp{suffix}"
+def load_samples(samples: object, rate: int | None, settings: Settings) -> torch.Tensor:
+    """Check and resample samples [T] or [C, T] for `tokenize`: [C, T]. Raises BadClip, ValueError."""
+    samples = torch.as_tensor(samples, dtype=torch.float32)
+    if rate is None or not 1_000 <= rate <= 1_000_000:
+        raise ValueError(f"rate={rate}: give the sample rate of the samples in Hz")
+    if samples.ndim == 1:
+        samples = samples[None]
+    if samples.ndim != 2 or not 0 < samples.shape[0] <= samples.shape[1]:
+        shape = tuple(samples.shape)
+        raise ValueError(f"samples of shape {shape}: it must be [T] or [channels, T]")
+    check_duration(samples.shape[1] / rate, settings.max_duration)
+    mixed = mix_channels(check_samples(samples), MODELS[settings.model].channels)
+    return resample(mixed, rate, settings)
 
 
-def sync(path: Path) -> None:
-    """Wait until a file is on the disk, so that its new name is never there before its bytes."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+# -------------------------------------------------------------------------------------------- store
 
 
-def write_block(block: Block) -> None:
-    """Write a block's codes, facts and counts of codes in one atomic step."""
-    done = [clip for clip in block.clips if not clip.error]
-    for clip in done:
-        clip.shape = clip.rows.shape
-    facts = [[getattr(clip, name) for name in KEPT_FACTS] for clip in block.clips]
-    codes = [clip.rows.ravel() for clip in done]
-    arrays = {
-        "facts": np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8),
-        "codes": np.concatenate([*codes, []]).astype(np.uint16),
-        "counts": code_counts(done),
-    }
-    with replacing(block.path, block.path.parent) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+@dataclass(eq=False, slots=True)
+class Kept:
+    """All that is kept of a clip, in an .npz file of arrays with these names."""
+
+    codes: np.ndarray  # [N, K, F] of the clip's N chunks, uint16
+    latent: np.ndarray  # [K, F], uint16: the codes of the mean of the chunks' latents
+    medoid: int  # the chunk whose latents are nearest to that mean (Euclidean)
+    start_sec: np.ndarray  # [N]: where the chunks start
+    duration_sec: float  # of the file, before padding or resampling
+    silent: bool  # all samples are zero
+    stamp: np.ndarray  # [3] of the file: see look_at
+    sha256: str  # of the file
+    made_with: str  # the hash at the end of the folder's name
 
 
-def read_block(block: Block) -> tuple[list[Clip], np.ndarray]:
-    """Read a block: its clips with their facts and rows, and the counts [K, 1024] of their codes.
+KEPT_ARRAYS = [f.name for f in fields(Kept)]
 
-    Raises RunError: the block is damaged. It is removed, so that the next run makes it again.
+
+def codes_folder(settings: Settings, stem: str, weights: str) -> Path:
+    """Return the folder of the kept codes; its name ends in a hash of all that decides codes."""
+    decides = code_settings(settings) | {"weights": weights, "format": FORMAT}
+    digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
+    length = "whole" if settings.whole else f"{settings.target_duration:g}s"
+    name = f"{settings.model}_{settings.bandwidth:g}kbps_{length}-{digest}"
+    return settings.output_dir / f"codes_{stem}" / name
+
+
+def code_settings(settings: Settings) -> dict[str, object]:
+    """Return the settings that decide codes; whole clips do not depend on how chunks are cut."""
+    names = set(CODE_SETTINGS)
+    if settings.whole:
+        names -= set(WINDOW_SETTINGS)
+    return {name: getattr(settings, name) for name in sorted(names)}
+
+
+def kept_path(folder: Path, name: str) -> Path:
+    """Return where the codes of the clip of that name are kept, or will be."""
+    above, _, last = name.rpartition("/")
+    if len(os.fsencode(last)) > 240:
+        last = hashlib.sha256(os.fsencode(last)).hexdigest()
+    return folder / above / f"{last}.npz"
+
+
+def read_kept(folder: Path, name: str) -> Kept | None:
+    """Read what is kept of a clip. All that is not whole counts as absent.
+
+    Raises OSError: the machine is at fault.
     """
-    data = block.path.read_bytes()  # the disk's errors are not damage
+    try:
+        data = kept_path(folder, name).read_bytes()
+    except OSError as error:
+        if error.errno in CLIP_ERRNOS:
+            return None
+        raise
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as members:
             # ZipFile.read checks the CRC of a whole member; np.load on a path does not always.
-            facts, codes, counts = (
-                np.load(io.BytesIO(members.read(f"{name}.npy")))
-                for name in ("facts", "codes", "counts")
-            )
+            arrays = [np.load(io.BytesIO(members.read(f"{key}.npy"))) for key in KEPT_ARRAYS]
+        kept = Kept(*(array if array.ndim else array.item() for array in arrays))
+        is_whole = (
+            kept.made_with == folder.name.rpartition("-")[2]
+            and kept.codes.dtype == kept.latent.dtype == np.uint16
+            and kept.codes.shape == (len(kept.start_sec), *kept.latent.shape)
+            and kept.codes.size > 0
+            and max(kept.codes.max(), kept.latent.max()) < NUM_CODES
+            and 0 <= kept.medoid < len(kept.codes)
+            and 0 < kept.duration_sec < math.inf
+            and np.isfinite(kept.start_sec).all()
+            and kept.stamp.shape == (3,)
+            and len(kept.sha256) == 64
+        )
     except MemoryError:
         raise
-    except Exception as error:  # a damaged archive raises a dozen kinds
-        block.path.unlink(missing_ok=True)
+    except Exception:  # a damaged archive raises a dozen kinds
+        return None
+    return kept if is_whole else None
+
+
+def write_kept(folder: Path, name: str, kept: Kept) -> None:
+    """Write what is kept of a clip in one atomic step.
+
+    Raises BadClip: the file system does not take the clip's name. OSError: any other fault.
+    """
+    path, temporary = kept_path(folder, name), folder / f"{uuid.uuid4().hex}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **{key: getattr(kept, key) for key in KEPT_ARRAYS})
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.replace(path)
+        except OSError as error:
+            if error.errno not in CLIP_ERRNOS - {errno.EACCES, errno.EPERM}:
+                raise
+            raise BadClip(f"its codes cannot be kept under its name: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def find_kept(dataset: Dataset, folder: Path, settings: Settings) -> int:
+    """Give each clip the checksum of the codes that are kept of it; returns how many files are gone.
+
+    Codes of a file that has other times or another size now do not count: see take_kept.
+    """
+    gone = 0
+    for clip in tqdm(
+        dataset.clips, desc=f"{dataset.stem}: finding finished clips", **bar_options()
+    ):
+        kept = read_kept(folder, clip.name) if clip.name else None
+        if not kept:
+            continue
+        is_gone = clip.stamp is None and clip.error.startswith(NO_FILE)
+        if is_gone or clip.stamp == tuple(kept.stamp):
+            gone += is_gone
+            try:
+                check_duration(kept.duration_sec, settings.max_duration)
+                clip.sha256, clip.error = kept.sha256, ""
+            except BadClip as reason:
+                clip.error = str(reason)
+    return gone
+
+
+def take_kept(clip: Clip, folder: Path) -> Kept | None:
+    """Look for a clip's codes again: another process may have made them meanwhile.
+
+    Where only size or times have changed, as after a copy, the content decides. Codes of another
+    content are removed, so that they never come back. Raises OSError: see load.
+    """
+    kept = read_kept(folder, clip.name)
+    if not kept or clip.stamp == tuple(kept.stamp):
+        return kept
+    if sha256_of(clip.path) != kept.sha256:
+        kept_path(folder, clip.name).unlink(missing_ok=True)
+        return None
+    kept.stamp = np.array(clip.stamp)
+    with suppress(OSError, BadClip):  # these only save the next run from comparing again
+        write_kept(folder, clip.name, kept)
+    return kept
+
+
+def load(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[torch.Tensor]]:
+    """Take a clip's codes if they are kept; else read its file, and return its chunks [C, T] too.
+
+    Raises BadClip: the clip is at fault. RunError: its file is gone. OSError: the machine's faults.
+    """
+    spec, chunks = MODELS[settings.model], []
+    try:
+        kept = take_kept(clip, folder)
+        if kept:
+            check_duration(kept.duration_sec, settings.max_duration)
+        else:
+            samples, rate, digest = read_audio(clip.path, spec.channels, settings.max_duration)
+            starts, chunks = split_chunks(resample(samples, rate, settings), settings)
+            kept = Kept(
+                codes=np.empty(0, np.uint16),  # until it is encoded
+                latent=np.empty(0, np.uint16),
+                medoid=0,
+                start_sec=np.array(starts) / spec.sample_rate,
+                duration_sec=samples.shape[1] / rate,
+                silent=not samples.any(),
+                stamp=np.array(clip.stamp),
+                sha256=digest,
+                made_with=folder.name.rpartition("-")[2],
+            )
+        now = look_at(clip.path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            now = NO_FILE
+        elif error.errno in CLIP_ERRNOS:
+            raise BadClip(f"cannot be opened: {error.strerror}") from error
+        else:
+            raise OSError(error.errno, error.strerror, error.filename or str(clip.path)) from error
+    if now == NO_FILE:
         raise RunError(
-            f"{block.path} was damaged ({error}); it is removed. The same command makes it again."
-        ) from error
-    clips, at = [], 0
-    for clip, kept in zip(block.clips, json.loads(facts.tobytes()), strict=True):
-        clip = replace(clip, **dict(zip(KEPT_FACTS, kept)))
-        clip.shape = tuple(clip.shape)
-        clip.rows = codes[at : at + math.prod(clip.shape)].reshape(clip.shape)
-        at += clip.rows.size
-        clips.append(clip)
-    return clips, counts
+            f"{clip.path} was there when the run began, and is gone now. Is its folder still "
+            "mounted? The same command resumes."
+        )
+    if now != clip.stamp:
+        raise BadClip("the file changed while it was read; the next run tries it again")
+    return kept, chunks
 
 
-class LogLines:
-    """Turns tqdm's output into lines of a log file, each with the time."""
+def add_codes(kept: Kept, encoded: list[tuple[np.ndarray, torch.Tensor]], encoder: Encoder) -> None:
+    """Give a clip the codes of its chunks, and what `latent` and `medoid` rows need of latents."""
+    kept.codes = np.stack([codes for codes, _ in encoded])
+    kept.latent, kept.medoid = kept.codes[0], 0
+    if len(encoded) > 1:
+        latents = torch.stack([latents for _, latents in encoded])  # [N, D, F]
+        mean = latents.mean(dim=0, keepdim=True)
+        kept.medoid = int((latents - mean).pow(2).sum(dim=(1, 2)).argmin())
+        kept.latent = encoder.quantize(mean)[0]
 
-    def write(self, text: str) -> None:
-        if text := text.strip():
-            say(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
 
-    def flush(self) -> None:
-        pass
+def encode_group(
+    group: list[list[Clip]], folder: Path, encoder: Encoder, progress: Progress
+) -> None:
+    """Load, encode and keep some clips; rows that name one file are one item of the group.
+
+    Each clip ends with the checksum of its file, or with the reason why it failed. The codes of
+    GROUP_SECONDS of audio are made together. Raises what `load` and `write_kept` raise.
+    """
+    waiting: list[tuple[list[Clip], Kept, list[torch.Tensor]]] = []
+
+    def encode_waiting() -> None:
+        encoded = encoder.encode([chunk for _, _, chunks in waiting for chunk in chunks])
+        for rows, kept, chunks in waiting:
+            add_codes(kept, [next(encoded) for _ in chunks], encoder)
+            try:
+                for name in {row.name for row in rows}:
+                    write_kept(folder, name, kept)
+                progress.finish(rows, kept, len(chunks))
+            except BadClip as reason:
+                progress.fail(rows, str(reason))
+        waiting.clear()
+
+    for rows in group:
+        progress.announce(rows[0])
+        try:
+            kept, chunks = load(rows[0], folder, encoder.settings)
+        except BadClip as reason:
+            progress.fail(rows, str(reason))
+            continue
+        if not chunks:
+            progress.finish(rows, kept, 0)
+            continue
+        if kept.duration_sec + sum(other.duration_sec for _, other, _ in waiting) > GROUP_SECONDS:
+            encode_waiting()
+        waiting.append((rows, kept, chunks))
+    encode_waiting()
+
+
+def bar_options() -> dict[str, object]:
+    """Return tqdm's options: a bar on a terminal, a line a minute in a log file."""
+    return {"unit": "clip", "mininterval": 0.1 if sys.stderr.isatty() else 60, "delay": 2}
 
 
 class Progress:
-    """A bar on a terminal; in a log file a line every 30 s and at the end."""
+    """Counts the clips of a dataset as they finish, and shows them on a bar."""
 
-    def __init__(self, job: Job, finished_clips: int) -> None:
-        self.settings, self.started = job.settings, time.perf_counter()
-        self.failed, self.chunks, self.audio_s = 0, 0, 0.0
-        where = {"position": LOCAL_RANK}
-        if not sys.stderr.isatty():
-            text = "{desc}: {n_fmt} of {total_fmt} clips, {elapsed}, {remaining} left{postfix}"
-            where = {"file": LogLines(), "mininterval": 30, "maxinterval": 60, "bar_format": text}
-        name = job.dataset.stem
-        if WORLD_SIZE > 1:
-            name += f" [rank {RANK}]"
-        total = len(job.dataset.clips)
-        where |= {"initial": finished_clips, "delay": 1e-9}
-        self.bar = tqdm(total=total, desc=name, unit="clip", **where)
+    def __init__(self, dataset: Dataset, debug: bool) -> None:
+        self.debug, self.lock = debug, threading.Lock()
+        self.encoded, self.failed, self.audio_s = 0, 0, 0.0
+        self.started = self.shown = time.monotonic()
+        done = sum(bool(clip.sha256 or clip.error) for clip in dataset.clips)
+        name = dataset.stem if WORLD_SIZE == 1 else f"{dataset.stem} [process {RANK}]"
+        options = bar_options() | {"delay": 0}
+        self.bar = tqdm(
+            total=len(dataset.clips), initial=done, desc=name, position=LOCAL_RANK, **options
+        )
 
-    def update(self, clip: Clip) -> None:
-        self.failed += bool(clip.error)
-        self.chunks += clip.num_chunks
-        self.audio_s += clip.duration_s
-        speed = self.audio_s / (time.perf_counter() - self.started)
-        facts = f"{self.chunks} chunks, {speed:.0f} s of audio/s, {self.failed} failed"
-        self.bar.set_postfix_str(facts, refresh=False)
-        self.bar.update()
-        if self.settings.debug:
-            say(describe(clip))
+    def announce(self, clip: Clip) -> None:
+        if self.debug:
+            say(f"{clip.fname}: loading")
+
+    def finish(self, rows: list[Clip], kept: Kept, num_chunks: int) -> None:
+        """Count the rows of a file whose codes are kept; `num_chunks` of them were encoded now."""
+        for clip in rows:
+            clip.sha256 = kept.sha256
+        with self.lock:
+            self.encoded += len(rows) if num_chunks else 0
+            self.audio_s += kept.duration_sec if num_chunks else 0
+            self.update(rows)
+        if self.debug:
+            codes = " ".join(map(str, kept.codes[0, 0, :8]))
+            say(
+                f"{rows[0].fname} [{rows[0].labels}]: {kept.duration_sec:.3f} s, "
+                f"{counted(len(kept.codes), 'chunk')}, first codes {codes}"
+            )
+
+    def fail(self, rows: list[Clip], reason: str) -> None:
+        for clip in rows:
+            clip.error = reason
+        with self.lock:
+            self.failed += len(rows)
+            self.update(rows)
+        if self.debug:
+            say(f"{rows[0].fname} [{rows[0].labels}]: FAILED: {reason}")
+
+    def update(self, rows: list[Clip]) -> None:
+        speed = self.audio_s / (time.monotonic() - self.started)
+        self.bar.set_postfix_str(f"{speed:.0f} s of audio/s, {self.failed} failed", refresh=False)
+        self.bar.update(len(rows))
+
+    def show(self) -> None:
+        """Show the time that has passed, as a sign of life while a long clip is encoded."""
+        if time.monotonic() - self.shown > self.bar.mininterval:
+            self.shown = time.monotonic()
+            self.bar.refresh()
 
 
-def describe(clip: Clip) -> str:
-    """A clip's line for --debug."""
-    if clip.error:
-        return f"{clip.fname} [{clip.labels}] FAILED: {clip.error}"
-    middle = clip.codes[len(clip.codes) // 2]  # [K, F]
-    codes = " ".join(map(str, middle[0, middle.shape[1] // 2 :][:8]))
-    return (
-        f"{clip.fname} [{clip.labels}] {clip.rate} Hz, {clip.duration_s:.3f} s, "
-        f"chunks: {clip.num_chunks}, codes of the first codebook from the middle: {codes} ..., "
-        f"loaded in {clip.load_s * 1e3:.1f} ms, encoded in {clip.encode_s * 1e3:.1f} ms "
-        "(its share of its batches)"
-    )
-
-
-def in_own_order(blocks: list[Block]) -> list[Block]:
-    """Order the blocks for this process: its own share first, then the others' to help them.
+def in_own_order(groups: list) -> list:
+    """Order the groups for this process: its own share first, then the others' to help them.
 
     The others' come from the last to the first, from a place that differs between processes, so
     that helpers meet their owners, and each other, late.
     """
-    own = blocks[RANK::WORLD_SIZE]
-    others = [b for i, b in enumerate(blocks) if i % WORLD_SIZE != RANK][::-1]
+    own = groups[RANK::WORLD_SIZE]
+    others = [group for i, group in enumerate(groups) if i % WORLD_SIZE != RANK][::-1]
     place = len(others) * RANK // WORLD_SIZE
     return own + others[place:] + others[:place]
 
 
-def make_blocks(job: Job, missing: list[Block], encoder: Encoder) -> None:
-    """Tokenize the clips of the blocks that are missing when their turn comes.
+def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> int:
+    """Encode the clips that have no codes yet; returns how many this process has encoded.
 
-    Raises RunError: a file has changed while the run was at work.
+    Raises what encode_group raises; what is finished then stays.
     """
-    progress = Progress(job, len(job.dataset.clips) - sum(len(block.clips) for block in missing))
-    at_work: deque[Block] = deque()  # from the loading of their first clip on
-
-    def turns() -> Iterator[Clip]:
-        wanted = set(missing)
-        for block in in_own_order(job.blocks):
-            if block not in wanted:
-                continue
-            if block.path.exists():  # another process has made it
-                progress.bar.update(len(block.clips))
-                continue
-            at_work.append(block)
-            yield from block.clips
-
-    loaded = load_clips(turns(), job.settings)
-    encoded = encode_clips(loaded, encoder)
+    settings, rows_of_file = encoder.settings, defaultdict(list)
+    for clip in dataset.clips:
+        if not clip.sha256 and not clip.error:
+            rows_of_file[clip.path].append(clip)
+    files = list(rows_of_file.values())
+    size = 4 if settings.whole else GROUP_CLIPS
+    if WORLD_SIZE > 1:  # small groups, so that few clips are shared evenly
+        size = max(1, min(size, len(files) // (8 * WORLD_SIZE)))
+    groups = [files[i : i + size] for i in range(0, len(files), size)]
+    progress = Progress(dataset, settings.debug)
+    pool = ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        for clip in encoded:
-            progress.update(clip)
-            if not clip.error:
-                clip.rows = aggregate(clip, job.settings.aggregate, encoder.model)
-            if clip.ends_block:
-                block = at_work.popleft()
-                write_block(block)
-                for clip in block.clips:
-                    clip.codes, clip.latents, clip.rows = None, [], None
+        at_work = {
+            pool.submit(encode_group, group, folder, encoder, progress)
+            for group in in_own_order(groups)
+        }
+        while at_work:
+            done, at_work = wait(at_work, timeout=1, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            progress.show()
     except (Exception, Interrupted):
-        kept = sum(len(block.clips) for block in job.blocks if block.path.exists())
-        say(f"{kept} of {len(job.dataset.clips)} clips are kept; the same command resumes there")
+        finished = sum(bool(clip.sha256) for clip in dataset.clips)
+        say(
+            f"{finished:,} of {counted(len(dataset.clips), 'clip')} finished; "
+            "the same command resumes there"
+            if finished
+            else "nothing finished yet; the same command starts again"
+        )
         raise
     finally:
-        encoded.close()
-        loaded.close()
+        pool.shutdown(wait=False, cancel_futures=True)
         progress.bar.close()
+    return progress.encoded
 
 
 # ------------------------------------------------------------------------------------------ outputs
 
+# The columns before the tokens. To add one, add a line here.
+COLUMNS: dict[str, Callable[[Clip, Kept, int], object]] = {
+    "fname": lambda clip, kept, row: clip.fname,
+    "labels": lambda clip, kept, row: clip.labels,
+    "num_tokens": lambda clip, kept, row: kept.latent.size,
+    "token_shape": lambda clip, kept, row: str(kept.latent.shape),
+    "num_chunks": lambda clip, kept, row: len(kept.codes),
+    "duration_sec": lambda clip, kept, row: round(kept.duration_sec, 6),
+}
+CHUNK_COLUMNS: dict[str, Callable[[Clip, Kept, int], object]] = {  # with --aggregate none
+    "chunk": lambda clip, kept, row: row,
+    "start_sec": lambda clip, kept, row: round(float(kept.start_sec[row]), 6),
+}
 
-def row_cells(clip: Clip, row: int, settings: Settings, columns: tuple[str, ...]) -> dict:
-    """The cells of a row before its tokens, by column. A new column is added here, and only here.
 
-    `columns` are the names of the clip's extra cells.
+def aggregate(kept: Kept, how: str) -> np.ndarray:
+    """Turn the codes of a clip's chunks into those of its rows [R, K, F]; R is 1 but for `none`.
+
+    mean: the mean of the codes, rounded; with several chunks these are no codes of EnCodec's.
+    latent: the codes of the mean of the chunks' latents.
+    medoid: the codes of the chunk whose latents are nearest to that mean.
+    none: every chunk's codes.
     """
-    frames = clip.shape[1:]  # (K, F)
-    cells = {
-        "fname": printable(clip.fname),
-        "labels": printable(clip.labels),
-        "num_tokens": math.prod(frames),
-        "token_shape": str(tuple(frames)),
-        "num_chunks": clip.num_chunks,
-        "duration_sec": round(clip.duration_s, 6),
-    }
-    if settings.aggregate == "none":
-        start = clip.starts[row] / MODELS[settings.model].sample_rate if clip.starts else 0.0
-        cells |= {"chunk": row, "start_sec": round(start, 6)}
-    return cells | dict(zip(columns, clip.extra))
+    if how == "mean":
+        return np.rint(kept.codes.mean(axis=0, keepdims=True)).astype(np.uint16)
+    if how == "latent":
+        return kept.latent[None]
+    if how == "medoid":
+        return kept.codes[kept.medoid : kept.medoid + 1]
+    if how == "none":
+        return kept.codes
+    raise ValueError(f"unknown aggregate: {how}")
 
 
-def printable(text: str) -> str:
-    """Escape the bytes of a file's name that are no UTF-8 (surrogates)."""
-    return text.encode(errors="backslashreplace").decode()
+@dataclass(frozen=True)
+class Job:
+    """One dataset under the run's settings and weights: where its codes and its outputs go."""
+
+    settings: Settings
+    dataset: Dataset
+    weights: str  # see load_model
+    weights_file: str | None
+
+    @cached_property
+    def codes(self) -> Path:
+        return codes_folder(self.settings, self.dataset.stem, self.weights)
+
+    def output(self, kind: str, ending: str) -> Path:
+        return self.settings.output_dir / f"{kind}_{self.dataset.stem}.{ending}"
+
+    @property
+    def csv(self) -> Path:
+        return self.output("tokenized", "csv")
+
+    def made_with(self) -> dict[str, object]:
+        """Return all on which a CSV and a run that replaces it must agree."""
+        settings = self.settings
+        found = code_settings(settings) | {"weights": self.weights}
+        if not settings.whole:
+            found["aggregate"] = settings.aggregate
+        for name in ("metadata", "audio_dir"):
+            path = getattr(settings, name)
+            found[name] = str(path.resolve()) if path else None
+        return found
+
+    def read_record(self) -> dict:
+        """Read the JSON of the last run; it counts as empty if there is none, or it is unusable."""
+        try:
+            record = json.loads(self.output("tokenized", "json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+            return {}
+        return record if isinstance(record, dict) else {}
 
 
-def csv_line(cells: Iterable[object]) -> bytes:
-    """A line of a CSV. (Python 3.11's csv module leaves a lone carriage return unquoted.)"""
+def refuse_to_lose_rows(job: Job, num_clips: int) -> None:
+    """Refuse to replace a CSV that holds other rows than this run's, or more than `num_clips`.
 
-    def quoted(text: str) -> str:
-        return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
+    Raises UserError: it names what differs, and the ways out.
+    """
+    if job.settings.overwrite or not job.csv.exists():
+        return
+    record, size = job.read_record(), job.csv.stat().st_size
+    differences = []
+    tokenized = record.get("tokenized")
+    sizes = [record.get("csv_bytes"), record.get("replaced_csv_bytes")]
+    if size not in sizes or not isinstance(tokenized, int):
+        name = job.output("tokenized", "json").name
+        differences.append(f"{name} does not describe it: it was edited, or another tool made it")
+    elif record.get("weights") == UNTRAINED:
+        return
+    else:
+        for name, value in job.made_with().items():
+            if record.get(name) != value:
+                differences.append(f"--{name}: {record.get(name)} -> {value}")
+        if tokenized > num_clips:
+            differences.append(f"clips with tokens: {tokenized} -> {num_clips}, rows would be lost")
+    if differences:
+        raise UserError(
+            "\n  ".join([f"{job.csv} is there, and this run would change it:", *differences])
+            + "\nMove the CSV elsewhere (its codes stay usable), or replace it with --overwrite."
+        )
 
-    line = ",".join(quoted(str(cell)) for cell in cells)
-    return printable(line).encode() + b"\n"
+
+def rows_of(job: Job) -> Iterator[tuple[Clip, Kept, np.ndarray]]:
+    """Yield the tokenized clips in the table's order: what is kept of each, its rows [R, K, F].
+
+    Raises RunError: what is kept is not of the content that this run has seen.
+    """
+    clips = [clip for clip in job.dataset.clips if clip.sha256]
+    for clip in tqdm(clips, desc=f"{job.dataset.stem}: writing", **bar_options()):
+        kept = read_kept(job.codes, clip.name)
+        if kept is None or kept.sha256 != clip.sha256:
+            raise RunError(
+                f"{kept_path(job.codes, clip.name)} does not hold the codes of {clip.path}: another "
+                "run has replaced it, or this file system takes two names for one (Kick.wav and "
+                "kick.wav). The same command tries again."
+            )
+        yield clip, kept, aggregate(kept, job.settings.aggregate)
 
 
-def code_texts(separator: str) -> np.ndarray:
-    """The text of every code, with a separator behind it, padded with NUL: [1024]."""
-    return np.array([f"{code}{separator}".encode() for code in range(NUM_CODES)])
+def row_cells(job: Job, clip: Clip, kept: Kept, row: int) -> dict[str, object]:
+    """Return the cells of a row before its tokens, by column."""
+    columns = dict(COLUMNS)
+    if job.settings.aggregate == "none":
+        columns |= CHUNK_COLUMNS
+    cells = {name: cell(clip, kept, row) for name, cell in columns.items()}
+    return cells | dict(zip(job.dataset.columns, clip.extra))
 
 
-COMMAS, SPACES = code_texts(","), code_texts(" ")
-
-
-def token_text(codes: np.ndarray, texts: np.ndarray) -> bytes:
-    """All codes in one line of text."""
-    return texts[codes.ravel()].tobytes().translate(None, b"\0")[:-1]
-
-
+@dataclass
 class Totals:
-    """Everything that the summary, the JSON and the picture say about all clips together."""
+    """What the outputs say about all clips together."""
 
-    def __init__(self) -> None:
-        self.clips: list[Clip] = []  # without their rows
-        self.counts = np.zeros((0, NUM_CODES), np.int64)  # [K, 1024] of the chunks' codes
-        self.shapes: Counter[tuple[int, int]] = Counter()  # (K, F) of the rows
+    done: list[tuple[Clip, Kept]] = field(default_factory=list)  # without the codes
+    shapes: Counter[tuple[int, ...]] = field(default_factory=Counter)  # (K, F) of the rows
+    counts: np.ndarray | int = 0  # [K, 1024]: how often the chunks have each code
 
-    def add(self, clips: list[Clip], counts: np.ndarray) -> None:
-        """Add a block's clips, and drop their rows, which have been written."""
-        self.shapes.update(clip.shape[1:] for clip in clips for _ in clip.rows)
-        for clip in clips:
-            clip.rows = None
-        self.clips += clips
-        if len(counts):
-            self.counts = counts + (self.counts if len(self.counts) else 0)
-
-    @cached_property
-    def done(self) -> list[Clip]:
-        return [clip for clip in self.clips if not clip.error]
-
-    @cached_property
-    def failures(self) -> list[Clip]:
-        return [clip for clip in self.clips if clip.error]
-
-    def facts(self) -> dict:
-        shares = self.counts / self.counts.sum(axis=1, keepdims=True)
-        logs = np.log(np.where(shares > 0, shares, 1))
-        return {
-            "num_clips": len(self.clips),
-            "tokenized": len(self.done),
-            "failed": len(self.failures),
-            "token_shape": next(iter(self.shapes)) if len(self.shapes) == 1 else None,
-            "codes_in_use": (self.counts > 0).sum(axis=1).tolist(),
-            # This many codes, used equally often, would have the same entropy.
-            "perplexity": np.exp(-(shares * logs).sum(axis=1)).round(1).tolist(),
-        }
+    def add(self, clip: Clip, kept: Kept, rows: np.ndarray) -> None:
+        """Count a clip, its rows, and the codes of its chunks; then drop the codes."""
+        self.shapes[rows.shape[1:]] += len(rows)
+        books = kept.codes.swapaxes(0, 1)  # [K, N, F]
+        counts = [np.bincount(codes.ravel(), minlength=NUM_CODES) for codes in books]
+        self.counts = self.counts + np.array(counts)
+        kept.codes = kept.latent = np.empty(0, np.uint16)
+        self.done.append((clip, kept))
 
 
 def write_csv(job: Job, path: Path) -> Totals:
-    """Write the CSV from the blocks. Returns the totals; the file is empty if all clips failed."""
-    totals, settings, has_header = Totals(), job.settings, False
-    with path.open("wb") as file:
-        for block in job.blocks:
-            clips, counts = read_block(block)
-            for clip in clips:
-                for row, codes in enumerate(clip.rows):
-                    cells = row_cells(clip, row, settings, job.dataset.columns)
-                    if not has_header:
-                        tokens = [f"token_{i}" for i in range(codes.size)]
-                        file.write(csv_line([*cells, *(["tokens"] if settings.whole else tokens)]))
-                        has_header = True
-                    text = token_text(codes, SPACES if settings.whole else COMMAS)
-                    file.write(csv_line(cells.values())[:-1] + b"," + text + b"\n")
-            totals.add(clips, counts)
+    """Write the CSV. Returns the totals; the file is empty if all clips failed."""
+    totals, whole = Totals(), job.settings.whole
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for clip, kept, rows in rows_of(job):
+            if not totals.done:
+                names = ["tokens"] if whole else [f"token_{i}" for i in range(rows[0].size)]
+                writer.writerow([*row_cells(job, clip, kept, 0), *names])
+            for row, codes in enumerate(rows):
+                tokens = codes.ravel().tolist()
+                if whole:
+                    tokens = [" ".join(map(str, tokens))]
+                writer.writerow([*row_cells(job, clip, kept, row).values(), *tokens])
+            totals.add(clip, kept, rows)
+        file.flush()
+        os.fsync(file.fileno())
     return totals
 
 
@@ -2000,182 +1985,232 @@ def write_parquet(job: Job, path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    writer = None
-    for block in job.blocks:
-        clips = read_block(block)[0]
-        rows = [(clip, row) for clip in clips for row in range(len(clip.rows))]
-        if not rows:
-            continue
-        cells = [row_cells(clip, row, job.settings, job.dataset.columns) for clip, row in rows]
-        tokens = pa.array([clip.rows[row].ravel() for clip, row in rows], pa.list_(pa.uint16()))
-        table = pa.Table.from_pylist(cells).append_column("tokens", tokens)
-        writer = writer or parquet.ParquetWriter(path, table.schema)
-        writer.write_table(table)
+    further = column_types(job.dataset)
+    types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+    writer, lines = None, []
+
+    def write_lines() -> None:
+        writer.write_table(pa.Table.from_pylist(lines, writer.schema))
+        lines.clear()
+
+    for clip, kept, rows in rows_of(job):
+        for row, codes in enumerate(rows):
+            cells = row_cells(job, clip, kept, row)
+            for name, kind in further.items():
+                cells[name] = kind(cells[name]) if cells[name] or kind is str else None
+            if writer is None:
+                kinds = {name: further.get(name, type(cell)) for name, cell in cells.items()}
+                schema = [(name, types[kind]) for name, kind in kinds.items()]
+                schema.append(("tokens", pa.list_(pa.uint16())))
+                writer = parquet.ParquetWriter(path, pa.schema(schema))
+            lines.append(cells | {"tokens": codes.ravel()})
+        if len(lines) >= 1000:
+            write_lines()
+    write_lines()
     writer.close()
 
 
-def write_json(job: Job, path: Path, facts: dict, totals: Totals) -> None:
-    """Write what made the CSV, and for each clip its file's stamp and why it failed, if it did."""
-    content = {
-        **facts,
-        "table_sha256": job.table_sha256(),
-        "blocks": [block.path.name for block in job.blocks],
-    }
-    clips = [json.dumps([clip.fname, clip.stamp, clip.error]) for clip in totals.clips]
-    clips = ",\n".join(f"    {clip}" for clip in clips)
-    head = json.dumps(content, indent=2).removesuffix("\n}")
-    path.write_text(f'{head},\n  "clips": [\n{clips}\n  ]\n}}\n', encoding="utf-8")
+def column_types(dataset: Dataset) -> dict[str, type]:
+    """Return the types of the further columns: int or float where all cells are such numbers.
+
+    Numbers that would not read the same again, such as 007, stay text.
+    """
+    patterns = {int: r"0|-?[1-9]\d{0,17}", float: r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?"}
+    found = {}
+    for place, name in enumerate(dataset.columns):
+        cells = {clip.extra[place] for clip in dataset.clips} - {""}
+        found[name] = str
+        for kind, pattern in reversed(patterns.items()):
+            if cells and all(re.fullmatch(pattern, cell) for cell in cells):
+                found[name] = kind
+    return found
 
 
-def clip_figures(job: Job, totals: Totals) -> list[str]:
-    """The summary's lines about clips, rows and durations."""
-    done, settings = totals.done, job.settings
-    audio_s = sum(clip.duration_s for clip in done)
+def summarize(job: Job, totals: Totals, csv_bytes: int) -> dict:
+    """Collect what the JSON and the text summary say, from the settings to the codes in use."""
+    shares = totals.counts / totals.counts.sum(axis=1, keepdims=True)
+    logs = np.log(np.where(shares > 0, shares, 1))
     lengths = sorted(math.prod(shape) for shape in totals.shapes.elements())
-    silent = [clip.fname for clip in done if clip.silent]
-    failed = f" (see {job.failed.name})" if totals.failures else ""
-    lines = [
-        f"Samples processed: {len(done)}",
-        f"Failures: {len(totals.failures)}{failed}",
-        f"Rows: {len(lengths)}",
-        f"Average tokens per sample: {sum(lengths) / len(done):.1f}",
-        f"Tokens per row: {lengths[0]} to {lengths[-1]}, median {median(lengths):g}",
-        f"Tokens in all: {sum(lengths)}",
-        f"Average duration: {audio_s / len(done):.2f} s",
-        f"Total duration: {audio_s:.1f} s ({audio_s / 3600:.2f} h)",
-        f"Silent samples: {len(silent)}" + (f": {', '.join(silent)}" if silent else ""),
-    ]
-    if not settings.whole:
-        missing = [settings.target_duration - clip.duration_s for clip in done]
-        padding = [seconds for seconds in missing if seconds > 0]
-        by = f", by {sum(padding) / len(padding):.2f} s on average" if padding else ""
-        chunks = sum(clip.num_chunks for clip in done)
-        lines += [
-            f"Average chunks per sample: {chunks / len(done):.2f}",
-            f"Padded samples: {len(padding)}{by}",
-        ]
-    lines += ["Token shapes (codebooks, frames), the most frequent first:"]
-    lines += [f"  {shape}: {count} rows" for shape, count in totals.shapes.most_common(10)]
-    if len(totals.shapes) > 10:
-        lines += [f"  and {len(totals.shapes) - 10} more shapes"]
-    return lines
+    seconds = [kept.duration_sec for _, kept in totals.done]
+    missing = [job.settings.target_duration - length for length in seconds]
+    padding = [length for length in missing if length > 0 and not job.settings.whole]
+    return {
+        "dataset": job.dataset.stem,
+        **job.made_with(),
+        "max_duration": job.settings.max_duration,
+        "weights_file": job.weights_file,
+        "device": job.settings.device,
+        "machine": machine(job.settings.device),
+        "versions": versions(),
+        "num_clips": len(job.dataset.clips),
+        "tokenized": len(totals.done),
+        "failed": sum(bool(clip.error) for clip in job.dataset.clips),
+        "rows": len(lengths),
+        "tokens": sum(lengths),
+        "tokens_per_row": [lengths[0], median(lengths), lengths[-1]],
+        "audio_sec": sum(seconds),
+        "chunks": sum(len(kept.start_sec) for _, kept in totals.done),
+        "padded": len(padding),
+        "padding_sec": sum(padding),
+        "silent": [clip.fname for clip, kept in totals.done if kept.silent],
+        "token_shapes": {str(shape): count for shape, count in totals.shapes.most_common()},
+        "codes_in_use": (totals.counts > 0).sum(axis=1).tolist(),
+        # This many codes, used equally often, would have the same entropy.
+        "perplexity": np.exp(-(shares * logs).sum(axis=1)).round(1).tolist(),
+        "csv_bytes": csv_bytes,
+        "replaced_csv_bytes": job.csv.stat().st_size if job.csv.exists() else None,
+    }
 
 
-def summary(job: Job, facts: dict, totals: Totals) -> str:
-    """The text summary: what was made, from what, how, and where the time went."""
-    lines = [f"EnCodec tokens of {job.dataset.stem}", ""]
-    if facts["weights"] == UNTRAINED:
-        lines += ["WARNING: untrained weights. These tokens rehearse the run and mean nothing.", ""]
-    lines += [*clip_figures(job, totals), "", "Codes of the chunks, before they are averaged:"]
-    for k, (used, even) in enumerate(zip(facts["codes_in_use"], facts["perplexity"])):
-        share = f"{used} of {NUM_CODES} codes in use ({used / NUM_CODES:.1%})"
-        lines += [f"  codebook {k}: {share}, perplexity {even:.1f}"]
-    lines += ["", "Settings:", *(f"  {key}: {value}" for key, value in facts.items())]
-    lines += [
-        "",
-        "Seconds of work, summed over clips and threads:",
-        f"  loading and resampling: {sum(clip.load_s for clip in totals.clips):.2f}",
-        f"  encoding: {sum(clip.encode_s for clip in totals.clips):.2f}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def write_outputs(job: Job, weights_file: str | None) -> int:
-    """Write every output from the blocks, and replace the old ones when all are complete.
-
-    Returns the exit status: 1 if no clip could be tokenized; an old CSV then stays as it is.
-    """
-    workplace = job.blocks_dir
-    for stale in workplace.glob("*.tmp*"):
-        with suppress(OSError):  # a younger one may belong to a living process
-            if time.time() - stale.stat().st_mtime > 86_400:
-                stale.unlink()
-    new = {job.csv: temporary_path(workplace)}
-    try:
-        totals = write_csv(job, new[job.csv])
-        if not totals.done:
-            return report_no_rows(job, totals)
-        made_by = {"weights_file": weights_file, "machine": machine(job.settings.device)}
-        facts = {"dataset": job.dataset.stem, **job.identity, **made_by, **totals.facts()}
-        stage_views(job, facts, totals, new)
-        for temporary in new.values():
-            sync(temporary)
-        job.refuse_to_lose_rows()  # another run may have finished meanwhile
-        put_in_place(job, new)
-    finally:
-        for temporary in new.values():
-            temporary.unlink(missing_ok=True)
-    counts = counts_of(job, [clip.error for clip in totals.clips])
-    report(f"{job.csv}: {counts}. Summary: {job.summary}")
-    for path, name in ((job.parquet, "Parquet"), (picture_path(job), "Picture")):
-        if path in new:
-            report(f"{name}: {path}")
-    return 0
-
-
-def stage_views(job: Job, facts: dict, totals: Totals, new: dict[Path, Path]) -> None:
-    """Write the outputs beside the CSV to temporary paths. A new output is added here.
-
-    `new` maps each output's path to its temporary one.
-    """
-
-    def stage(path: Path) -> Path:
-        return new.setdefault(path, temporary_path(job.blocks_dir, path.suffix))
-
-    write_json(job, stage(job.json), facts, totals)
-    text = summary(job, facts, totals)
-    stage(job.summary).write_bytes(text.encode(errors="backslashreplace"))
-    if totals.failures:
-        stage(job.failed).write_bytes(failure_lines(totals))
-    if job.settings.parquet:
-        write_parquet(job, stage(job.parquet))
-    if job.settings.plot is not None:
-        write_picture(job, facts, totals, stage(picture_path(job)))
-
-
-def failure_lines(totals: Totals) -> bytes:
-    failures = [(clip.fname, clip.error) for clip in totals.failures]
-    return b"".join(map(csv_line, [("fname", "error"), *failures]))
-
-
-def put_in_place(job: Job, new: dict[Path, Path]) -> None:
-    """Rename the complete outputs over the old ones, the CSV last: a CSV that is there is whole."""
-    views = [] if job.is_up_to_date() else [job.parquet, job.picture]  # of the old rows
-    job.csv.unlink(missing_ok=True)
-    for old in (job.failed, *views):
-        if old not in new:
-            old.unlink(missing_ok=True)
-    for path in [*(path for path in new if path != job.csv), job.csv]:
-        shutil.move(new[path], path)
-
-
-def report_no_rows(job: Job, totals: Totals) -> int:
-    """Say that all clips failed. List the reasons in failed_*.csv if there is no older CSV."""
-    reasons = f"the first: {totals.failures[0].fname}: {totals.failures[0].error}"
-    if job.csv.exists():
-        reasons += f"; {job.csv} stays as it is"
-    else:
-        with replacing(job.failed, job.blocks_dir) as temporary:
-            temporary.write_bytes(failure_lines(totals))
-        reasons += f"; all: {job.failed}"
-    say(f"error: none of the {len(totals.clips)} clips could be tokenized ({reasons})")
-    return 1
-
-
-def counts_of(job: Job, errors: list[str]) -> str:
-    """Count the clips of a CSV. `errors` holds one for each clip, empty if it has rows."""
-    num_failed = sum(map(bool, errors))
-    failed = f", {num_failed} failed (see {job.failed})" if num_failed else ""
-    return f"{len(errors)} clips: {len(errors) - num_failed} tokenized{failed}"
+def versions() -> dict[str, str]:
+    """Return the versions of all that decides codes."""
+    found = {"script": __version__, "libsndfile": sf.__libsndfile_version__}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):  # TorchCodec is optional
+            found[package] = version(package)
+    return found
 
 
 def machine(device: str) -> str:
-    """The processor's name, for the JSON."""
+    """Return the processor's name."""
     if device != "cpu":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return models[0] if models else platform.processor()
+    name = models[0] if models else platform.processor()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def text_summary(job: Job, facts: dict) -> str:
+    """Write the facts of `summarize` for people."""
+    done, failed = facts["tokenized"], facts["failed"]
+    see = f" (see {job.output('failed', 'csv').name})" if failed else ""
+    silent = ": ".join([str(len(facts["silent"])), *facts["silent"][:1]])
+    if len(facts["silent"]) > 1:
+        silent = f"{len(facts['silent'])}: {', '.join(facts['silent'])}"
+    low, middle, high = facts["tokens_per_row"]
+    audio_s = facts["audio_sec"]
+    lines = [f"EnCodec tokens of {job.dataset.stem}", ""]
+    if job.weights == UNTRAINED:
+        lines += [f"WARNING: {UNTRAINED_WARNING}", ""]
+    lines += [
+        f"Total samples processed: {done}",
+        f"Failed clips: {failed}{see}",
+        f"Rows: {facts['rows']}",
+        f"Average tokens per sample: {facts['tokens'] / done:.1f}",
+        f"Tokens per row: {low} to {high}, median {middle:g}",
+        f"Tokens in all: {facts['tokens']}",
+        f"Average duration: {audio_s / done:.2f} s",
+        f"Total duration: {audio_s:.1f} s ({audio_s / 3600:.2f} h)",
+        f"Silent clips: {silent}",
+    ]
+    if not job.settings.whole:
+        by = (
+            f", by {facts['padding_sec'] / facts['padded']:.2f} s on average"
+            if facts["padded"]
+            else ""
+        )
+        lines += [
+            f"Average chunks per clip: {facts['chunks'] / done:.2f}",
+            f"Padded clips: {facts['padded']}{by}",
+        ]
+    lines += ["Token shape distribution (codebooks, frames):"]
+    shapes = list(facts["token_shapes"].items())
+    lines += [f"  {shape}: {counted(count, 'row')}" for shape, count in shapes[:10]]
+    if len(shapes) > 10:
+        lines += [f"  and {counted(len(shapes) - 10, 'more shape')}"]
+    lines += ["", "Codebook use, over all chunks:"]
+    for book, (used, even) in enumerate(zip(facts["codes_in_use"], facts["perplexity"])):
+        share = f"{used} of {NUM_CODES} codes ({used / NUM_CODES:.1%})"
+        lines += [f"  codebook {book}: {share}, perplexity {even:.1f}"]
+    settings = [*job.made_with(), "max_duration", "weights_file"]
+    lines += ["", "Settings:", *(f"  {name}: {facts[name]}" for name in settings)]
+    packages = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    lines += ["", "Made by:", f"  {packages}", f"  on {facts['machine']} ({facts['device']})"]
+    return "\n".join(lines) + "\n"
+
+
+def write_outputs(job: Job, num_encoded: int) -> int:
+    """Write every output under a temporary name, and rename them when all are complete.
+
+    Returns the exit status: 1 if no clip could be tokenized; the old outputs then stay.
+    """
+    remove_old(job.settings.output_dir, ".unfinished-*")
+    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=job.settings.output_dir))
+    try:
+        totals = write_csv(job, folder / job.csv.name)
+        failures = [(clip.fname, clip.error) for clip in job.dataset.clips if clip.error]
+        failed = job.output("failed", "csv")
+        with (folder / failed.name).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([("fname", "error"), *failures])
+        if not totals.done:
+            return report_no_rows(job, folder / failed.name, failures)
+        new = write_views(job, totals, folder)
+        refuse_to_lose_rows(job, len(totals.done))  # another run may have finished meanwhile
+        if failures:
+            new[failed] = folder / failed.name
+        new[job.csv] = folder / job.csv.name  # the last one: see Job.read_record
+        for path, temporary in new.items():
+            shutil.copyfile(
+                temporary, path
+            ) if path.parent != job.csv.parent else temporary.replace(path)
+        if not failures:
+            failed.unlink(missing_ok=True)  # of rows that are no more
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    there = len(totals.done) - num_encoded
+    see = f" (see {failed})" if failures else ""
+    report(
+        f"{job.csv}: {counted(len(totals.done), 'clip')} tokenized ({num_encoded:,} encoded now, "
+        f"{there:,} already there), {len(failures):,} failed{see}. "
+        f"Summary: {job.output('summary', 'txt')}"
+    )
+    return 0
+
+
+def write_views(job: Job, totals: Totals, folder: Path) -> dict[Path, Path]:
+    """Write the outputs beside the CSV into a temporary folder. A new output is added here.
+
+    A Parquet file or picture of an earlier run is brought up to date, too.
+    Returns the final path of each -> the temporary one, the JSON first.
+    """
+    old_picture = job.read_record().get("picture")
+    facts = summarize(job, totals, (folder / job.csv.name).stat().st_size)
+    json_path, parquet_path = job.output("tokenized", "json"), job.output("tokenized", "parquet")
+    new = {path: folder / path.name for path in (json_path, job.output("summary", "txt"))}
+    pictures = [picture_path(job, job.settings.plot)] if job.settings.plot is not None else []
+    if not pictures and isinstance(old_picture, str):
+        pictures = [path for path in [job.settings.output_dir / old_picture] if path.is_file()]
+    for path in pictures:
+        new[path] = folder / path.name
+        write_picture(job, facts, totals, new[path])
+        facts["picture"] = os.path.relpath(path, job.settings.output_dir)
+    if job.settings.parquet or parquet_path.exists():
+        new[parquet_path] = folder / parquet_path.name
+        write_parquet(job, new[parquet_path])
+    new[json_path].write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    new[job.output("summary", "txt")].write_text(text_summary(job, facts), encoding="utf-8")
+    return new
+
+
+def report_no_rows(job: Job, listed: Path, failures: list[tuple[str, str]]) -> int:
+    """Say that all clips failed. List the reasons in failed_*.csv if there is no older CSV."""
+    reasons = f"the first: {failures[0][0]}: {failures[0][1]}"
+    if job.csv.exists():
+        reasons += f"; {job.csv} stays as it is"
+    else:
+        listed.replace(job.output("failed", "csv"))
+        reasons += f"; all: {job.output('failed', 'csv')}"
+    say(f"error: no clip of {len(failures):,} could be tokenized ({reasons})")
+    return 1
+
+
+def remove_old(folder: Path, pattern: str) -> None:
+    """Remove the temporary files and folders that a killed run has left; others may be in use."""
+    for path in folder.glob(pattern):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > A_DAY:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def report(text: str) -> None:
@@ -2189,14 +2224,13 @@ def report(text: str) -> None:
 # ------------------------------------------------------------------------------------- the picture
 
 
-def picture_path(job: Job) -> Path:
-    """A relative name lies in --output_dir; a name without a suffix is a PNG."""
-    if not job.settings.plot:
-        return job.picture
-    path = job.folder / job.settings.plot
+def picture_path(job: Job, name: str) -> Path:
+    """Return a picture's path below --output_dir; a name without a suffix is a PNG."""
+    if not name:
+        return job.output("summary", "png")
+    path = job.settings.output_dir / name
     path = path if path.suffix else path.with_suffix(".png")
-    several = len(STEMS[job.settings.dataset]) > 1
-    if several and not (job.settings.metadata or job.settings.audio_dir):
+    if job.settings.dataset == "both" and not job.settings.audio_dir:
         path = path.with_stem(f"{path.stem}_{job.dataset.stem}")
     return path
 
@@ -2209,90 +2243,70 @@ def write_picture(job: Job, facts: dict, totals: Totals, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    done = sorted(totals.done, key=lambda clip: clip.duration_s)
-    shown = [done[i] for i in dict.fromkeys([0, (len(done) - 1) // 2, len(done) - 1])]
-    waves, maps = "defghi"[: len(shown)], "defghi"[len(shown) : 2 * len(shown)]
-    weights = facts["weights_file"] or facts["weights"]
-    how = "whole clips" if job.settings.whole else f"aggregate {job.settings.aggregate}"
-    made = f"{facts['model']}, {facts['bandwidth']:g} kbps, {how}, weights {weights}"
+    done = sorted(totals.done, key=lambda item: item[1].duration_sec)
+    shown = [done[i][0] for i in dict.fromkeys([0, (len(done) - 1) // 2, len(done) - 1])]
     style = {"font.size": 8, "axes.titlesize": 8, "figure.titlesize": 9, "pdf.fonttype": 42}
     with rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(7.2, 6.4), layout="constrained")
-        figure.suptitle(f"{job.dataset.stem}: {made}", parse_math=False)
-        panels = figure.subplot_mosaic(f"abc;{waves:.<3};{maps:.<3}", height_ratios=(2, 1, 2))
-        draw_counts([panels[letter] for letter in "abc"], totals, facts, job.settings.whole)
-        for wave, tokens, clip in zip(waves, maps, shown):
-            draw_clip([panels[wave], panels[tokens]], clip, job)
-        for letter, panel in panels.items():
-            panel.set_title(letter, loc="left", fontweight="bold")
-        part = "the clip" if job.settings.whole else "the clip's first chunk"
+        weights = job.weights_file or job.weights
+        title = f"{job.dataset.stem}: {job.codes.name}, weights {weights}"
+        figure.suptitle(title, parse_math=False)
+        counts, waves, maps = figure.subfigures(3, 1, height_ratios=(2, 1, 2))
+        draw_counts(counts.subplots(1, 3), facts, totals)
+        panels = [part.subplots(1, 3, squeeze=False)[0] for part in (waves, maps)]
+        for wave, tokens in list(zip(*panels))[len(shown) :]:
+            wave.set_axis_off()
+            tokens.set_axis_off()
+        for clip, wave, tokens in zip(shown, *panels):
+            draw_clip(job, clip, wave, tokens)
         figure.supxlabel(
-            f"{waves[0]} to {waves[-1]}: {part}. {maps[0]} to {maps[-1]}: the codes of its (first) "
+            "A short, a median and a long clip: its (first) chunk, and the codes of its (first) "
             "row. Grey is zero padding.\nColours tell codes apart and have no order.",
             fontsize=8,
         )
         figure.savefig(path, dpi=300)
 
 
-def draw_counts(panels: list[Axes], totals: Totals, facts: dict, whole: bool) -> None:
-    """Draw how long the clips are, how many chunks or frames they have, how codes are used."""
+def draw_counts(panels: list[Axes], facts: dict, totals: Totals) -> None:
+    """Draw how long the clips are, how many frames or chunks they have, how codes are used."""
     lengths, counts, books = panels
-    blue, orange = "#0072b2", "#e69f00"
-    lengths.hist([clip.duration_s for clip in totals.done], bins=40, color=blue)
+    lengths.hist([kept.duration_sec for _, kept in totals.done], bins=40)
     lengths.set(xlabel="duration of a clip (s)", ylabel="clips")
-    if whole:
-        counts.hist([clip.shape[2] for clip in totals.done], bins=40, color=blue)
-        counts.set(xlabel="frames of a clip", ylabel="clips")
-    else:
-        chunks = Counter(clip.num_chunks for clip in totals.done)
-        counts.bar(chunks.keys(), chunks.values(), color=blue)
-        counts.set(xlabel="chunks of a clip", ylabel="clips")
+    chunks = Counter(len(kept.start_sec) for _, kept in totals.done)
+    counts.bar(chunks.keys(), chunks.values())
+    counts.set(xlabel="chunks of a clip", ylabel="clips")
     numbers = np.arange(len(facts["codes_in_use"]))
-    books.bar(numbers - 0.2, facts["codes_in_use"], 0.4, color=blue, label="in use")
-    books.bar(numbers + 0.2, facts["perplexity"], 0.4, color=orange, label="perplexity")
+    books.bar(numbers - 0.2, facts["codes_in_use"], 0.4, label="in use")
+    books.bar(numbers + 0.2, facts["perplexity"], 0.4, label="perplexity")
     books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes")
     books.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), handlelength=1)
     for axis in (lengths.yaxis, counts.xaxis, counts.yaxis, books.xaxis):
         axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
 
 
-def draw_clip(panels: list[Axes], clip: Clip, job: Job) -> None:
+def draw_clip(job: Job, clip: Clip, wave: Axes, tokens: Axes) -> None:
     """Draw a clip's first chunk over the codes of its first row, with the padding in grey."""
-    wave, tokens = panels
     settings = replace(job.settings, device="cpu")
-    chunk_s = clip.duration_s if settings.whole else settings.target_duration
-    stamp = read_stamp(clip.path) if clip.path else clip.stamp  # it may be gone by now
-    heard = load_clip(Clip(clip.fname, path=clip.path, stamp=stamp), settings)
-    if heard.chunks:
-        samples = heard.chunks[0][0]
-        wave.plot(np.linspace(0, chunk_s, len(samples)), samples, color="black", linewidth=0.4)
-    else:
-        say(f"note: {clip.fname} cannot be drawn any more: {heard.error}")
-    texts = [printable(text) for text in (clip.fname, clip.labels)]
-    name, labels = (text if len(text) <= 26 else f"{text[:23]}..." for text in texts)
-    wave.set_title(f"{name}, {clip.duration_s:.2f} s\n{labels}", parse_math=False)
+    kept = read_kept(job.codes, clip.name)
+    chunk_s = kept.duration_sec if settings.whole else settings.target_duration
+    try:
+        chunk = split_chunks(load_file(clip.path, settings), settings)[1][0]
+        wave.plot(np.linspace(0, chunk_s, chunk.shape[1]), chunk[0], color="black", linewidth=0.4)
+    except (BadClip, OSError) as reason:
+        say(f"note: the picture shows no waveform of {clip.fname}: {reason}")
+    name, labels = (
+        text if len(text) <= 26 else f"{text[:23]}..." for text in (clip.fname, clip.labels)
+    )
+    wave.set_title(f"{name}, {kept.duration_sec:.2f} s\n{labels}", parse_math=False)
     wave.set(xlim=(0, chunk_s), ylim=(-1, 1), yticks=(-1, 0, 1), ylabel="full scale")
-    block = next(b for b in job.blocks if any(c.fname == clip.fname for c in b.clips))
-    row = next(c for c in read_block(block)[0] if c.fname == clip.fname).rows[0]  # [K, F]
-    look = {"cmap": code_colours(), "vmin": 0, "vmax": NUM_CODES - 1, "interpolation": "nearest"}
-    tokens.imshow(row, aspect="auto", extent=(0, chunk_s, len(row) - 0.5, -0.5), **look)
+    row = aggregate(kept, settings.aggregate)[0]  # [K, F]
+    extent = (0, chunk_s, len(row) - 0.5, -0.5)
+    look = {"cmap": "nipy_spectral", "vmin": 0, "vmax": NUM_CODES - 1, "interpolation": "nearest"}
+    tokens.imshow(row, aspect="auto", extent=extent, **look)
     tokens.set(xlabel="time (s)", ylabel="codebook")
     tokens.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    for panel in panels:
-        start_s = min(clip.duration_s, chunk_s)
-        panel.axvspan(start_s, chunk_s, color="0.5", alpha=0.4, linewidth=0)
-
-
-def code_colours() -> ListedColormap:
-    """A colour for each code; the numbers' neighbours look unlike each other.
-
-    Hue, saturation and value follow the R3 sequence (powers of 1 / 1.2207, the root of
-    x^4 = x + 1), which spreads points evenly.
-    """
-    from matplotlib.colors import ListedColormap, hsv_to_rgb
-
-    hue, saturation, value = np.outer(1.2207 ** -np.arange(1.0, 4), np.arange(NUM_CODES)) % 1
-    return ListedColormap(hsv_to_rgb(np.stack([hue, 0.3 + 0.7 * saturation, 0.4 + 0.6 * value], 1)))
+    for panel in (wave, tokens):
+        panel.axvspan(min(kept.duration_sec, chunk_s), chunk_s, color="0.5", alpha=0.4, linewidth=0)
 
 
 # ---------------------------------------------------------------------------------------------- run
@@ -2305,32 +2319,49 @@ def run(settings: Settings) -> int:
     datasets = find_datasets(settings)
     weights_path = find_weights(settings)
     model, weights = load_model(settings, weights_path)
-    jobs = [Job(settings, dataset, weights) for dataset in datasets]
-    for job in jobs:  # before anything is made
-        job.refuse_to_lose_rows()
-    plans = [(job, None if job.is_finished() else job.missing_blocks()) for job in jobs]
-    if weights == UNTRAINED and any(missing is not None for _, missing in plans):
-        warning = "WARNING: UNTRAINED WEIGHTS. The tokens rehearse the run and mean nothing."
+    weights_file = weights_path.name if weights_path else None
+    jobs = [Job(settings, dataset, weights, weights_file) for dataset in datasets]
+    for job in jobs:
+        prepare(job)
+    if weights == UNTRAINED:
+        warning = f"WARNING: UNTRAINED WEIGHTS. {UNTRAINED_WARNING}"
         say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
-    encoder = Encoder(model, settings) if any(missing for _, missing in plans) else None
-    weights_file = weights_path and weights_path.name
-    return max(finish(job, missing, encoder, weights_file) for job, missing in plans)
-
-
-def finish(
-    job: Job, missing: list[Block] | None, encoder: Encoder | None, weights_file: str | None
-) -> int:
-    """Make a dataset's missing blocks (None: it is finished); the first process then writes all."""
-    gone = [clip.fname for clip in job.dataset.clips if clip.is_gone and has_file(clip.stamp)]
-    if gone:
-        say(f"note: {len(gone)} clips' files are gone; their rows stay: {some_of(gone)}")
-    if missing is None:
-        errors = [error for _, _, error in job.read_record()["clips"]]
-        say(f"{job.csv} is finished already: {counts_of(job, errors)}")
+    encoder = make_encoder(model, settings)
+    encoded = [encode_dataset(job.dataset, job.codes, encoder) for job in jobs]  # before any output
+    if RANK > 0:
+        say(
+            f"process {RANK}: {counted(sum(encoded), 'clip')} encoded. Process 0 writes the outputs."
+        )
         return 0
-    if missing:
-        make_blocks(job, missing, encoder)
-    return write_outputs(job, weights_file) if RANK == 0 else 0
+    return max(write_outputs(job, count) for job, count in zip(jobs, encoded))
+
+
+def prepare(job: Job) -> None:
+    """Find the clips that are finished, and make sure that the others can be.
+
+    Raises UserError: no file of the dataset is there; a CSV would lose rows (refuse_to_lose_rows);
+    the output folder cannot be used.
+    """
+    clips, folder = job.dataset.clips, job.codes
+    gone = find_kept(job.dataset, folder, job.settings)
+    missing = sum(clip.error.startswith(NO_FILE) for clip in clips)
+    if missing and not any(clip.stamp for clip in clips):
+        raise UserError(
+            f"no file of {counted(missing, 'clip')} is in {job.dataset.audio_dir}. Is the folder "
+            "mounted, and the right one?"
+        )
+    if gone:
+        say(f"note: the files of {counted(gone, 'clip')} are gone; their codes are still there")
+    refuse_to_lose_rows(job, sum(not clip.error for clip in clips))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = all(os.access(path, os.W_OK) for path in (job.settings.output_dir, folder))
+        reason = "" if writable else os.strerror(errno.EACCES)
+    except OSError as error:
+        reason = str(error)
+    if reason:
+        raise UserError(f"--output_dir {job.settings.output_dir} cannot be used: {reason}")
+    remove_old(folder, "*.tmp")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2349,7 +2380,7 @@ def run_guarded(settings: Settings) -> int:
     for name in ("stdout", "stderr"):  # None if they were closed
         stream = getattr(sys, name) or open(os.devnull, "w")
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
-            stream.reconfigure(errors="backslashreplace")  # for names that are no UTF-8
+            stream.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
         setattr(sys, name, stream)
 
     def interrupt(number: int, _: object) -> None:
@@ -2369,6 +2400,12 @@ def run_guarded(settings: Settings) -> int:
         status, message = 2, str(error)
     except RunError as error:
         status, message = 1, str(error)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        status = 1
+        message = (
+            f"out of memory ({error}). Lower --batch_size (now {settings.batch_size or 'auto'}),"
+        )
+        message += " --workers or --max_duration."
     except Exception as error:
         if settings.debug:
             traceback.print_exc()
