@@ -32,14 +32,12 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
 import socket
 import stat
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -59,21 +57,15 @@ from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, NamedTuple, get_args, get_type_hints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __version__ = "3.0.0"
-FORMAT = (
-    1  # of the files that keep codes: raise it when codes change, and all clips are encoded anew
-)
-
-# ---------------------------------------------------------------------------------------- constants
 
 
-@dataclass(frozen=True)
-class ModelSpec:
+class ModelSpec(NamedTuple):
     """Facts about an EnCodec model that are needed before it is built (encodec/model.py)."""
 
     sample_rate: int  # Hz
@@ -94,27 +86,22 @@ STEMS = {  # the value of --dataset -> the stems of the output files
     "sample": ["sample"],
 }
 SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "sample"
-NAME_COLUMNS = ("fname", "filename", "file_name")
-LABEL_COLUMNS = ("labels", "label", "category")
 AGGREGATES = ("mean", "latent", "medoid", "none")
 NUM_CODES = 1024  # entries of a codebook
 UNTRAINED = "untrained (seed 0)"
 UNTRAINED_WARNING = "These tokens are for testing only and have no meaning."
 PACKAGES = ("torch", "torchaudio", "encodec", "soundfile", "numpy", "torchcodec")
-GROUP_CLIPS = 16  # clips that are loaded and encoded together
-GROUP_SECONDS = 60  # of audio that a group holds at a time, but at least one clip
-A_DAY = 86_400  # seconds after which temporary files belong to no living process
+KEPT_FORMAT = 1  # raise it when codes change: then all clips are encoded anew
 
 
-def number_of_environment(name: str, default: int) -> int:
+def environment_number(name: str, default: int) -> int:
     """Read a number that torchrun sets for its processes; -1 stands for anything else."""
     text = os.environ.get(name) or str(default)
     return int(text) if text.isdecimal() else -1
 
 
-RANK = number_of_environment("RANK", 0)
-WORLD_SIZE = number_of_environment("WORLD_SIZE", 1)
-LOCAL_RANK = number_of_environment("LOCAL_RANK", 0)
+RANK, WORLD_SIZE = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+LOCAL_RANK = environment_number("LOCAL_RANK", 0)
 
 # cuDNN's LSTM is deterministic only with this setting (PyTorch's page on torch.nn.LSTM), which has
 # to be there before CUDA starts.
@@ -137,69 +124,42 @@ class Interrupted(BaseException):
     """SIGINT or SIGTERM arrived. The argument is the exit status: 128 + the signal's number."""
 
 
-def counted(number: int, noun: str) -> str:
-    """Return "1 clip", "2 clips"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 # ------------------------------------------------------------------------------------- command line
-
-CHOICES = {"dataset": STEMS, "model": MODELS, "aggregate": AGGREGATES}
-RANGES = {  # both ends are allowed
-    "target_duration": (0.1, 60),
-    "overlap": (0, 0.9),
-    "max_duration": (0.1, 1e6),
-    "batch_size": (1, 10**9),
-    "workers": (1, 1000),
-    "max_samples": (1, 10**9),
-}
-CODE_SETTINGS = ("model", "bandwidth", "whole", "target_duration", "overlap")  # these decide codes
-WINDOW_SETTINGS = ("target_duration", "overlap", "aggregate")  # without a meaning for whole clips
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The command line: every field is a flag of the same name, with its type, help and default.
+    """The command line: each field is a flag, with its type, its help, and its default.
 
     Raises UserError: see find_mistakes.
     """
 
     dataset: Annotated[str, "clips to tokenize; sample: twelve bundled ones"] = "curated"
-    metadata: Annotated[Path | None, "CSV to read instead of --dataset; needs --audio_dir"] = None
-    audio_dir: Annotated[
-        Path | None, "folder of the files that --metadata names; alone: every audio file below it"
-    ] = None
-    input_dir: Annotated[
-        Path, "folder that holds FSDKaggle2019, in Kaggle's or Zenodo's layout"
-    ] = Path("input")
+    metadata: Annotated[Path | None, "CSV to read instead of --dataset"] = None
+    audio_dir: Annotated[Path | None, "folder of --metadata's files; alone: all files in it"] = None
+    input_dir: Annotated[Path, "folder of FSDKaggle2019, as Kaggle or Zenodo has it"] = Path(
+        "input"
+    )
     output_dir: Annotated[Path, "folder to save the outputs in"] = Path("work/tokenized")
     model: Annotated[str, "24 kHz mono or 48 kHz stereo"] = "encodec_24khz"
     bandwidth: Annotated[float, "kbps: 1.5 (24 kHz only), 3, 6, 12 or 24"] = 6.0
     target_duration: Annotated[float, "length of a chunk in seconds"] = 2.0
-    overlap: Annotated[float, "fraction of a chunk that it shares with the next one"] = 0.1
-    whole: Annotated[bool, "encode each clip as one piece, without padding or chunks"] = False
-    aggregate: Annotated[str, "how the chunks of a clip become one row; none: a row each"] = "mean"
-    weights: Annotated[
-        str, "pretrained, untrained (for tests), a checkpoint file or a transformers folder"
-    ] = "pretrained"
-    device: Annotated[str, "auto (CUDA if there is a GPU), cpu, cuda or cuda:N"] = "auto"
-    batch_size: Annotated[
-        int | None, "chunks per batch (default: 8 seconds of audio; CUDA: 64)"
-    ] = None
-    workers: Annotated[
-        int | None, "groups of clips at work at the same time (default: 2; CUDA: 8)"
-    ] = None
-    max_duration: Annotated[float, "maximum length of a clip in seconds; longer clips fail"] = 600.0
-    max_samples: Annotated[int | None, "number of clips to take, from the first (default: all)"] = (
-        None
-    )
-    plot: Annotated[str | None, "picture of the tokens, as PNG, PDF or SVG (matplotlib)"] = None
-    parquet: Annotated[bool, "Parquet file besides the CSV, tokens in one column (pyarrow)"] = False
-    overwrite: Annotated[bool, "replace a CSV that was made with other settings"] = False
-    debug: Annotated[bool, "print every clip, and tracebacks"] = False
+    overlap: Annotated[float, "fraction of a chunk that the next one repeats"] = 0.1
+    whole: Annotated[bool, "whole clips as one piece each, without padding or chunks"] = False
+    aggregate: Annotated[str, "how a clip's chunks become one row; none: a row each"] = "mean"
+    weights: Annotated[str, "pretrained, untrained, a checkpoint or its folder"] = "pretrained"
+    device: Annotated[str, "auto (a GPU if there is one), cpu, cuda or cuda:N"] = "auto"
+    batch_size: Annotated[int | None, "chunks per batch (default: 8 s of audio; GPU: 64 s)"] = None
+    workers: Annotated[int | None, "groups of 16 clips at work (default: 2; GPU: 8)"] = None
+    max_duration: Annotated[float, "maximum length of a clip in seconds; longer ones fail"] = 600.0
+    max_samples: Annotated[int | None, "number of clips, from the first (default: all)"] = None
+    plot: Annotated[str | None, "picture of the tokens: PNG, PDF or SVG (matplotlib)"] = None
+    parquet: Annotated[bool, "Parquet file besides the CSV, tokens in a list (pyarrow)"] = False
+    overwrite: Annotated[bool, "replacement of a CSV that was made with other settings"] = False
+    debug: Annotated[bool, "a line for every clip, and tracebacks"] = False
 
     def __post_init__(self) -> None:
-        for name, (kind, _) in flags_of_settings().items():
+        for name, (kind, _) in describe_settings().items():
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, kind(value))  # 6 and 6.0 are one bandwidth
@@ -215,14 +175,26 @@ class Settings:
         return round(self.chunk_samples * (1 - self.overlap))
 
 
+CHOICES = {"dataset": STEMS, "model": MODELS, "aggregate": AGGREGATES}
+RANGES = {  # both ends are allowed
+    "target_duration": (0.1, 60),
+    "overlap": (0, 0.9),
+    "max_duration": (0.1, 1e6),
+    "batch_size": (1, 1e9),
+    "workers": (1, 1000),
+    "max_samples": (1, 1e9),
+}
+DECIDE_CODES = ("model", "bandwidth", "whole", "target_duration", "overlap")
+CHUNK_SETTINGS = ("target_duration", "overlap", "aggregate")  # without a meaning for whole clips
+
+
 @lru_cache
-def flags_of_settings() -> dict[str, tuple[type, str]]:
-    """Return the type and the help text of every field of Settings."""
+def describe_settings() -> dict[str, tuple[type, str]]:
+    """Return the type and the help text of every setting."""
     found = {}
     for name, hint in get_type_hints(Settings, include_extras=True).items():
         kind, text = get_args(hint)
-        optional_of = get_args(kind)  # of `int | None`
-        found[name] = (optional_of[0] if optional_of else kind, text)
+        found[name] = (get_args(kind) or [kind])[0], text  # int of `int | None`
     return found
 
 
@@ -238,24 +210,15 @@ def find_mistakes(settings: Settings) -> Iterator[str]:
     offered = MODELS[settings.model].bandwidths_kbps
     if settings.bandwidth not in offered:
         yield f"--bandwidth: {settings.model} offers {', '.join(map(str, offered))} kbps"
-    if settings.metadata and settings.metadata.is_dir():
-        yield (
-            f"--metadata: {settings.metadata} is a folder, not a CSV. To tokenize every audio file "
-            f"in it: --audio_dir {settings.metadata}"
-        )
     if settings.metadata and not settings.audio_dir:
         yield "--metadata needs --audio_dir, the folder of its files"
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.device):
         yield "--device: choose from auto, cpu, cuda, cuda:N"
-    for name in WINDOW_SETTINGS:
+    for name in CHUNK_SETTINGS:
         if settings.whole and getattr(settings, name) != getattr(Settings, name):
             yield f"--{name} has no meaning with --whole, which does not cut clips into chunks"
     if settings.plot and Path(settings.plot).suffix not in ("", ".png", ".pdf", ".svg"):
         yield f"--plot {settings.plot}: the name must end in .png, .pdf or .svg"
-    if settings.plot and Path(settings.plot).name != settings.plot:
-        folder = (settings.output_dir / settings.plot).parent
-        if not folder.is_dir():
-            yield f"--plot {settings.plot}: there is no folder {folder}"
     if settings.plot is not None and not find_spec("matplotlib"):
         yield "--plot needs matplotlib: pip install matplotlib"
     if settings.parquet and not find_spec("pyarrow"):
@@ -282,37 +245,37 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    for name, (kind, text) in flags_of_settings().items():
-        default, options = getattr(Settings, name), {}
+    for name, (kind, text) in describe_settings().items():
+        options = {"type": kind, "metavar": kind.__name__.upper()}
         if kind is bool:
             options = {"action": "store_true"}
         elif name == "plot":
             options = {"nargs": "?", "const": "", "metavar": "FILE"}
         elif name in CHOICES:
             options = {"choices": CHOICES[name]}
-        else:
-            options = {"type": kind, "metavar": kind.__name__.upper()}
-        if default:
-            text += f" (default: {default})"
-        parser.add_argument(f"--{name}", help=text, **options)
+        default = getattr(Settings, name)
+        parser.add_argument(
+            f"--{name}", help=f"{text} (default: {default})" if default else text, **options
+        )
     words = sys.argv[1:] if argv is None else argv
-    given, unknown = parser.parse_known_args([with_underscores(word) for word in words])
+    words = [
+        re.sub("^--[a-z-]+", lambda flag: f"--{flag[0][2:].replace('-', '_')}", word)
+        for word in words
+    ]
+    given, unknown = parser.parse_known_args(words)
     if unknown:
-        close = difflib.get_close_matches(unknown[0], [f"--{f.name}" for f in fields(Settings)], 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        parser.error(f"unknown argument {unknown[0]}{hint}")
-    if "dataset" in given and ("audio_dir" in given or "metadata" in given):
+        close = difflib.get_close_matches(
+            unknown[0], [f"--{name}" for name in describe_settings()], 1
+        )
+        parser.error(
+            f"unknown argument {unknown[0]}" + "".join(f"; did you mean {flag}?" for flag in close)
+        )
+    if "dataset" in given and "audio_dir" in given:
         parser.error("--dataset and --audio_dir each name a set of clips: give one of them")
     try:
         return Settings(**vars(given))
     except UserError as mistake:
         parser.error(str(mistake))
-
-
-def with_underscores(word: str) -> str:
-    """Return a flag as it is spelled here: --max-samples=5 becomes --max_samples=5."""
-    flag, equals, value = word.partition("=")
-    return flag[:2] + flag[2:].replace("-", "_") + equals + value if flag[:2] == "--" else word
 
 
 if __name__ == "__main__":
@@ -335,11 +298,10 @@ try:
     from tqdm import tqdm
 except (ImportError, OSError, RuntimeError) as error:
     # torchaudio does not load beside every torch, and fails with any of these three.
-    reason = f"{error} ({error.__cause__})" if error.__cause__ else str(error)
     sys.exit(
-        f"error: a package that this script needs does not load: {reason}\n"
-        "Install the versions that work together, in an environment of their own, with  "
-        f"{sys.executable} -m pip install -r requirements.txt"
+        f"error: a needed package does not load: {error} {error.__cause__ or ''}\n"
+        "Install versions that work together, in an environment of their own, with\n"
+        f"  {sys.executable} -m pip install -r requirements.txt"
     )
 
 
@@ -349,22 +311,30 @@ def say(message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
-def available_cores() -> int:
-    """Count the cores that this process may use: its affinity and its container's quota."""
+def counted(number: int, noun: str) -> str:
+    """Return "1 clip" or "2 clips"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def encoding_threads() -> int:
+    """Count the cores that this process may use: its affinity, its container's quota, its share.
+
+    torchrun sets OMP_NUM_THREADS to 1 unless the user has set it: each process then takes an equal
+    share of the node.
+    """
+    wished = environment_number("OMP_NUM_THREADS", 0)
+    if wished > 1 or (wished == 1 and WORLD_SIZE == 1):
+        return wished
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     cores = len(affinity(0))
-    try:  # cgroup v2: microseconds of CPU time in a period, or "max"
+    with suppress(OSError, ValueError):
+        # cgroup v2: microseconds of CPU time in a period, or "max"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):
-        return cores
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
 
 
-# Threads that encode on a CPU. torchrun sets OMP_NUM_THREADS to 1 unless the user has set it; each
-# process then takes an equal share of the node.
-THREADS = number_of_environment("OMP_NUM_THREADS", 0)
-if THREADS < 1 or (WORLD_SIZE > 1 and THREADS == 1):
-    THREADS = max(1, available_cores() // max(1, number_of_environment("LOCAL_WORLD_SIZE", 1)))
+THREADS = encoding_threads()
 
 
 def resolve_device(settings: Settings) -> Settings:
@@ -388,24 +358,25 @@ def resolve_device(settings: Settings) -> Settings:
                 raise UserError(f"--device {settings.device} cannot be used: {reason}") from error
             say(f"note: this PyTorch cannot use the GPU, so the CPU does the work: {reason}")
             device = "cpu"
-    on_cpu = device == "cpu"
-    batch_size = settings.batch_size or default_batch_size(settings, on_cpu)
-    workers = settings.workers or (2 if on_cpu else 8)
-    return replace(settings, device=device, batch_size=batch_size, workers=workers)
-
-
-def default_batch_size(settings: Settings, on_cpu: bool) -> int:
-    """Count in seconds of audio, so that long chunks take no more memory than short ones."""
-    batch_s = 8 if on_cpu else 64  # CPU: see CpuEncoder; CUDA: what a group holds
-    if not settings.whole:
-        return max(1, round(batch_s / settings.target_duration))
-    if settings.model == "encodec_48khz":  # a batch of the model's own segments of 1 s
-        return batch_s // 2
-    return 1 if on_cpu else GROUP_CLIPS  # on CUDA, clips of exactly one length share a batch
+    # In seconds of audio, so that long chunks take no more memory than short ones. On a CPU, see
+    # CpuEncoder; a GPU takes all that a group holds.
+    batch_s, workers = (8, 2) if device == "cpu" else (GROUP_SECONDS, 8)
+    segment_s = settings.target_duration
+    if settings.whole:  # at 48 kHz, the model's own segments of 1 s; on CUDA, clips of one length
+        segment_s = 2 if settings.model == "encodec_48khz" else batch_s if device == "cpu" else 4
+    return replace(
+        settings,
+        device=device,
+        batch_size=settings.batch_size or max(1, round(batch_s / segment_s)),
+        workers=settings.workers or workers,
+    )
 
 
 # ------------------------------------------------------------------------------------------ dataset
 
+NAME_COLUMNS = ("fname", "filename", "file_name")
+LABEL_COLUMNS = ("labels", "label", "category")
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 # Endings of sound files: libsndfile's formats and their usual spellings, and what FFmpeg reads.
 ENDINGS = {f".{name.lower()}" for name in sf.available_formats()} - {".raw"}
 MORE_ENDINGS = """
@@ -419,7 +390,6 @@ CLIP_ERRNOS = {
     errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EEXIST, errno.ENOTEMPTY,
 }  # fmt: skip
 NO_FILE = "no such file"
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 Stamp = tuple[int, int, int]  # a file's size in bytes, mtime and ctime in nanoseconds
 
 
@@ -430,7 +400,7 @@ class Clip:
     fname: str
     labels: str = ""
     extra: tuple[str, ...] = ()  # cells of --metadata's further columns
-    name: str = ""  # its path below the audio folder as the table has it; names its kept file
+    name: str = ""  # fname as a path below the audio folder; names the file that keeps its codes
     path: Path | None = None  # its file
     stamp: Stamp | None = None  # of its file; None if there is none
     error: str = ""  # why it cannot be tokenized
@@ -472,10 +442,7 @@ def find_datasets(settings: Settings) -> list[Dataset]:
         datasets = [list_folder(settings.audio_dir, settings.max_samples)]
     elif settings.dataset == "sample":
         if not SAMPLE_DIR.is_dir():
-            raise UserError(
-                f"the sample comes with the repository; {SAMPLE_DIR} does not exist. "
-                "Run the script from a clone of it."
-            )
+            raise UserError(f"the sample comes with the repository: there is no {SAMPLE_DIR}")
         datasets = [Dataset("sample", SAMPLE_DIR, *read_clips(SAMPLE_DIR / "sample.csv", settings))]
     else:
         datasets = [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
@@ -496,46 +463,38 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
     Raises UserError: there is no CSV, or it does not list clips.
     """
 
-    def find(name: str) -> list[Path]:
+    def search(name: str) -> list[Path]:
         patterns = (name, f"*/{name}", f"*/*/{name}")
         return [path for pattern in patterns for path in sorted(settings.input_dir.glob(pattern))]
 
-    kaggle_csv = "sample_submission.csv" if stem == "test" else f"{stem}.csv"
     layouts = {
-        kaggle_csv: list(dict.fromkeys([stem, stem.replace("train_", "trn_")])),
-        f"{stem}_post_competition.csv": [f"FSDKaggle2019.audio_{stem}"],
+        "sample_submission.csv" if stem == "test" else f"{stem}.csv": (
+            stem,
+            stem.replace("train_", "trn_"),
+        ),
+        f"{stem}_post_competition.csv": (f"FSDKaggle2019.audio_{stem}",),
     }
-    candidates = []
-    for csv_name, folder_names in layouts.items():
-        tables = [path for path in find(csv_name) if path.is_file()]
-        folders = [path for name in folder_names for path in find(name) if path.is_dir()]
-        if tables:
-            candidates.append((tables[0], folders, settings.input_dir / folder_names[0]))
-    if not candidates:
-        raise UserError(dataset_is_missing(settings, stem, layouts))
-    candidates.sort(key=lambda candidate: not candidate[1])  # one with a folder first
-    csv_path, folders, expected = candidates[0]
-    columns, clips = read_clips(csv_path, settings)
+    found = []
+    for table_name, folder_names in layouts.items():
+        folders = [path for name in folder_names for path in search(name) if path.is_dir()]
+        for table in search(table_name)[:1]:
+            found.append((not folders, table, folders or [settings.input_dir / folder_names[0]]))
+    if not found:
+        raise UserError(
+            f"the dataset {stem} is not in {settings.input_dir.resolve()} or up to two folders "
+            f"below it: there is no {' and no '.join(layouts)}.\n"
+            "Get FSDKaggle2019 from https://zenodo.org/record/3612637 or from the Kaggle "
+            "competition freesound-audio-tagging-2019,\nand name the folder that holds it with "
+            "--input_dir. To try the tool without it: --dataset sample"
+        )
+    _, table, folders = min(found)  # one with an audio folder, if there is one
+    columns, clips = read_clips(table, settings)
 
-    def number_of_clips(folder: Path) -> int:
+    def num_clips_in(folder: Path) -> int:
         return sum(os.path.exists(folder / clip.fname) for clip in clips[:100])
 
     # Some copies nest a folder in one of the same name: take the one with the clips.
-    return Dataset(stem, max(folders or [expected], key=number_of_clips), columns, clips)
-
-
-def dataset_is_missing(settings: Settings, stem: str, layouts: dict[str, list[str]]) -> str:
-    looked = [f"  {name} and {'/ or '.join(folders)}/" for name, folders in layouts.items()]
-    return "\n".join(
-        [
-            f"the dataset {stem} was not found in {settings.input_dir.resolve()} or up to two",
-            "folders below it. These were looked for:",
-            *looked,
-            "Get FSDKaggle2019 from https://zenodo.org/record/3612637 or from the Kaggle",
-            "competition freesound-audio-tagging-2019, and name the folder that holds it with",
-            "--input_dir. To try the tool without it: --dataset sample",
-        ]
-    )
+    return Dataset(stem, max(folders, key=num_clips_in), columns, clips)
 
 
 def list_folder(folder: Path, max_samples: int | None) -> Dataset:
@@ -543,10 +502,9 @@ def list_folder(folder: Path, max_samples: int | None) -> Dataset:
 
     Raises UserError: there is no such folder, or no sound file in it.
     """
-    if folder.is_file():
-        raise UserError(f"--audio_dir {folder} is a file: name the folder that it lies in")
     if not folder.is_dir():
-        raise UserError(f"--audio_dir {folder}: there is no such folder")
+        state = "it is a file: name its folder" if folder.exists() else "there is no such folder"
+        raise UserError(f"--audio_dir {folder}: {state}")
     clips, left_out = [], Counter()
     for name in list_files(folder):
         ending = os.path.splitext(name)[1]
@@ -556,8 +514,7 @@ def list_folder(folder: Path, max_samples: int | None) -> Dataset:
             left_out[ending or "no ending"] += 1
     if left_out:
         kinds = ", ".join(f"{ending} ({count})" for ending, count in left_out.most_common(10))
-        what = counted(left_out.total(), "file")
-        say(f"note: {what} below {folder} left out, not known as sound: {kinds}")
+        say(f"note: left out {counted(left_out.total(), 'file')} not known as sound: {kinds}")
     if not clips:
         raise UserError(f"--audio_dir {folder}: there are no sound files below it")
     return Dataset(folder.resolve().name, folder, (), clips[:max_samples])
@@ -566,8 +523,8 @@ def list_folder(folder: Path, max_samples: int | None) -> Dataset:
 def list_files(folder: Path) -> list[str]:
     """List the files below a folder by their relative paths, sorted; hidden ones are passed over.
 
-    Linked folders are followed. Each folder is listed once, so links may lead in circles. Bytes of
-    a name that are not UTF-8 are replaced; such a file is not found then, and fails.
+    Linked folders are followed. Each folder is listed once, for links may lead in circles. Bytes
+    of a name that are not UTF-8 are replaced; such a file is not found then, and fails.
     """
 
     def report(error: OSError) -> None:
@@ -584,10 +541,9 @@ def list_files(folder: Path) -> list[str]:
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = os.path.relpath(where, folder)
         for name in names:
             if not name.startswith("."):
-                path = name if below == "." else f"{below}/{name}".replace(os.sep, "/")
+                path = os.path.relpath(os.path.join(where, name), folder).replace(os.sep, "/")
                 found.append(os.fsencode(path).decode(errors="replace"))
     return sorted(found, key=lambda path: path.split("/"))
 
@@ -600,116 +556,112 @@ def comparable(name: str) -> str:
 def find_file(clip: Clip, dataset: Dataset) -> None:
     """Fill in a clip's name, path and stamp, or the reason why it has none.
 
-    The name is tried as it stands. Then it may be that of the only file that it fits in the index.
+    The name is tried as it stands, then as that of the only file that it fits in the index.
     Raises OSError: the machine is at fault.
     """
-    clip.name, clip.error = name_below(dataset.audio_dir, clip.fname)
-    if clip.error:
-        return
-    clip.path = dataset.audio_dir / clip.name
-    found = look_at(clip.path)
-    if isinstance(found, str):
-        key = comparable(clip.name)
-        fitting = dataset.index.get(key, set())
-        whole_path = {file for file in fitting if file.count("/") == key.count("/")}
-        fitting = whole_path or fitting
-        if len(fitting) > 1:
-            found = f"several files fit this name: {', '.join(sorted(fitting)[:5])}"
-        elif fitting:
-            clip.path = dataset.audio_dir / next(iter(fitting))
-            found = look_at(clip.path)
-    if isinstance(found, str):
-        clip.error = found
-        if found == NO_FILE and "\\" in clip.fname:
-            clip.error += "; the name has a backslash, and folders are separated by /"
-        if found == NO_FILE and "\N{REPLACEMENT CHARACTER}" in clip.fname:
+    try:
+        clip.name = name_below(dataset.audio_dir, clip.fname)
+        clip.path = dataset.audio_dir / clip.name
+        try:
+            clip.stamp = look_at(clip.path)
+        except BadClip:
+            key = comparable(clip.name)
+            fitting = dataset.index.get(key, set())
+            fitting = {file for file in fitting if file.count("/") == key.count("/")} or fitting
+            if not fitting:
+                raise
+            if len(fitting) > 1:
+                several = ", ".join(sorted(fitting)[:5])
+                raise BadClip(f"several files fit this name: {several}") from None
+            clip.path = dataset.audio_dir / fitting.pop()
+            clip.stamp = look_at(clip.path)
+    except BadClip as reason:
+        clip.error = str(reason)
+        if clip.error == NO_FILE and "\\" in clip.fname:
+            clip.error += "; the name has a backslash, and / separates folders"
+        if clip.error == NO_FILE and "\N{REPLACEMENT CHARACTER}" in clip.fname:
             clip.error += "; the name is not UTF-8: rename the file"
-    else:
-        clip.stamp = found
 
 
-def name_below(folder: Path, fname: str) -> tuple[str, str]:
-    """Return a name as a normal path below a folder, and what is wrong with it, if anything."""
-    if not fname.strip():
-        return "", "the name is empty"
-    if "\0" in fname:
-        return "", "the name holds a NUL character"
+def name_below(folder: Path, fname: str) -> str:
+    """Return a clip's name as a normal path below a folder. Raises BadClip: it is none."""
+    if not fname.strip() or "\0" in fname:
+        raise BadClip(
+            "the name is empty" if "\0" not in fname else "the name holds a NUL character"
+        )
     for root in (os.path.abspath(folder), os.path.realpath(folder)):
         path = os.path.normpath(os.path.join(root, fname))
         if path.startswith(os.path.join(root, "")):
-            return os.path.relpath(path, root).replace(os.sep, "/"), ""
-    return "", "the path is outside the audio folder (--audio_dir)"
+            return os.path.relpath(path, root).replace(os.sep, "/")
+    raise BadClip("the path is outside the audio folder (--audio_dir)")
 
 
-def look_at(path: Path) -> Stamp | str:
-    """Return a file's stamp, or the reason why it has none.
+def look_at(path: Path) -> Stamp:
+    """Return a file's stamp. ctime belongs to it because `rsync -t`, `cp -p` and unzip set mtime.
 
-    ctime belongs to it because `rsync -t`, `cp -p` and unzip set the other two as they like.
-    Raises OSError: the machine is at fault.
+    Raises BadClip: there is no such file, or it is none. OSError: the machine is at fault.
     """
     try:
         status = os.stat(path)
     except OSError as error:
+        if error.errno not in CLIP_ERRNOS:
+            raise
+        reason = f"cannot be opened: {error.strerror}"
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            return NO_FILE
-        if error.errno == errno.ENAMETOOLONG:
-            return "the name is too long for this file system"
-        if error.errno in CLIP_ERRNOS:
-            return f"cannot be opened: {error.strerror}"
-        raise
-    if stat.S_ISDIR(status.st_mode):
-        return "a folder, not a file"
+            reason = NO_FILE
+        elif error.errno == errno.ENAMETOOLONG:
+            reason = "the name is too long for this file system"
+        raise BadClip(reason) from error
     if not stat.S_ISREG(status.st_mode):
-        return "not a regular file"
+        raise BadClip(
+            "a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        )
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def read_table(csv_path: Path) -> tuple[list[str], list[list[str]]]:
-    """Read the header and the rows of a table; the separator is the one that its header has.
+def read_table(csv_path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Read the header of a table and its rows, by column; the header shows the separator.
 
     Raises UserError: the file is missing, not a table in UTF-8, or does not list clips.
     """
+    number = 1  # of the line in which a row begins
     try:
         data = csv_path.read_bytes()
         text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{csv_path}, line {line}: not UTF-8. Save it as CSV UTF-8.") from error
-    except FileNotFoundError as error:
-        raise UserError(f"{csv_path}: there is no such file") from error
-    except OSError as error:
-        raise UserError(f"{csv_path} cannot be read: {error.strerror}") from error
-    csv.field_size_limit(2**31 - 1)
-    separator = max(SEPARATORS, key=text.lstrip().partition("\n")[0].count)
-    # A space before a quote would make the quote a part of the cell.
-    spaced = re.search(re.escape(separator) + ' +"', text) is not None
-    file = io.StringIO(text, newline="")
-    reader = csv.reader(file, delimiter=separator, skipinitialspace=spaced, strict=True)
-    lines, number = [], 1  # `number` of the line in which a row begins
-    try:
+        csv.field_size_limit(2**31 - 1)
+        separator = max(SEPARATORS, key=text.lstrip().partition("\n")[0].count)
+        # A space before a quote would make the quote a part of the cell.
+        spaced = re.search(re.escape(separator) + ' +"', text) is not None
+        lines = io.StringIO(text.lstrip(), newline="")
+        reader = csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True)
+        header, rows = [cell.strip() for cell in next(reader, [])], []
         for cells in reader:
+            if any(cell.strip() for cell in cells[len(header) :]):
+                raise csv.Error(
+                    f"{len(cells)} cells, and {len(header)} in the header; a cell with "
+                    f"{SEPARATORS[separator]} in it needs quotes"
+                )
             if any(cell.strip() for cell in cells):
-                lines.append(cells)
-                if any(cell.strip() for cell in cells[len(lines[0]) :]):
-                    raise csv.Error(
-                        f"{len(cells)} cells, and {len(lines[0])} in the header; a cell that "
-                        f"contains {SEPARATORS[separator]} needs quotes"
-                    )
+                rows.append(dict(zip(header, cells)))
             number = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        number = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{csv_path}, line {number}: not UTF-8. Save it as UTF-8.") from error
     except csv.Error as error:
         raise UserError(f"{csv_path}, line {number}: {error}") from error
-    if not lines:
+    except OSError as error:
+        raise UserError(f"{csv_path}: {error.strerror}") from error
+    if not header:
         raise UserError(f"{csv_path} is empty")
-    header = [cell.strip() for cell in lines[0]]
     if not {name.lower() for name in header} & set(NAME_COLUMNS):
         raise UserError(
-            f"{csv_path} (columns separated by {SEPARATORS[separator]}) has no column "
-            f"{', '.join(NAME_COLUMNS[:-1])} or {NAME_COLUMNS[-1]}, only {', '.join(header[:8])}. "
-            "Rename the one that holds the names of the files."
+            f"{csv_path} has no column {', '.join(NAME_COLUMNS[:-1])} or {NAME_COLUMNS[-1]}, only "
+            f"{', '.join(header[:8])} (separated by {SEPARATORS[separator]}): rename the column "
+            "of the files' names"
         )
-    if not lines[1:]:
+    if not rows:
         raise UserError(f"{csv_path} lists no clips: nothing follows its header")
-    return header, lines[1:]
+    return header, rows
 
 
 def read_clips(
@@ -723,34 +675,30 @@ def read_clips(
     header, rows = read_table(csv_path)
     columns = {name.lower(): name for name in reversed(header)}  # a capital is forgiven
     name_column = next(columns[name] for name in NAME_COLUMNS if name in columns)
-    label_column = next((columns[name] for name in LABEL_COLUMNS if name in columns), "")
-    extra = []
-    for name in header:
-        if name in (name_column, label_column) or (keep_extra and name):
-            if header.count(name) > 1:
-                raise UserError(f"{csv_path}: the column {name!r} is there twice; rename one")
-            extra += [name] if name not in (name_column, label_column) else []
-    for name in extra:
-        if name in {*COLUMNS, *CHUNK_COLUMNS, "tokens"} or re.fullmatch(r"token_\d+", name):
+    label_column = next((columns[name] for name in LABEL_COLUMNS if name in columns), None)
+    main = {name_column, label_column} - {None}
+    extra = [name for name in header if keep_extra and name and name not in main]
+    for name in [*main, *extra]:
+        if header.count(name) > 1:
+            raise UserError(f"{csv_path}: the column {name!r} is there twice; rename one")
+        ours = {*COLUMNS, *CHUNK_COLUMNS, "tokens"}
+        if name in extra and (name in ours or re.fullmatch(r"token_\d+", name)):
             raise UserError(f"{csv_path}: column {name!r} clashes with an output column; rename it")
     clips = {}
-    for cells in rows:
-        row = dict(zip(header, cells))
-        labels = row.get(label_column, "").strip() if label_column else ""
+    for row in rows:
+        labels = row.get(label_column, "").strip()
         further = tuple(row.get(name, "").strip() for name in extra)
         clip = Clip(row.get(name_column, ""), labels, further)
         clips.setdefault((clip.fname, labels, further), clip)
-    if len(clips) < len(rows):
-        say(
-            f"note: {csv_path} repeats {counted(len(rows) - len(clips), 'row')}; duplicates are ignored"
-        )
+    repeated = len(rows) - len(clips)
+    if repeated:
+        say(f"note: {csv_path} repeats {counted(repeated, 'row')}; duplicates are ignored")
     return tuple(extra), list(clips.values())[: settings.max_samples]
 
 
 # -------------------------------------------------------------------------------------------- clips
 
 EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "AIFF", "AU")  # these give all that they promise
-UNKNOWN_FORMAT = 1, 4  # libsndfile's errors: the format or the encoding is unknown
 PIPED = 2**31 - 2**24  # bytes; programs that write to a pipe give sizes from here on
 LOUDEST = 100.0  # of samples that may be audio between -1 and 1
 
@@ -770,24 +718,27 @@ def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.
     try:
         with sf.SoundFile(str(path)) as audio:
             check_header(audio, path, max_duration_s)
-            digest = sha256_of(path)  # before decoding: it raises the I/O errors of the disk
+            digest = sha256_of(path)  # before decoding: it raises the disk's I/O errors
             return decode(audio, channels, max_duration_s), audio.samplerate, digest
+    except UnicodeEncodeError as error:
+        raise BadClip("the name is not UTF-8: rename the file") from error
     except sf.LibsndfileError as error:
         digest = sha256_of(path)
-        if error.code not in UNKNOWN_FORMAT or is_text(head):
+        if error.code == 17:  # libsndfile's malloc failed
+            raise MemoryError(error.error_string) from error
+        if error.code == 2:  # a system call failed, although the file can be read
+            raise OSError(errno.EIO, error.error_string, str(path)) from error
+        unknown = error.code in (1, 4) and not is_text(head)  # the format or the encoding
+        if not unknown:
             raise BadClip(explain(error, head)) from error
         samples, rate = read_by_torchaudio(path, error)
         check_duration(samples.shape[1] / rate, max_duration_s)
         return mix_channels(check_samples(samples), channels), rate, digest
-    except UnicodeEncodeError as error:
-        raise BadClip("the name is not UTF-8: rename the file") from error
 
 
-def check_duration(duration_s: float, max_duration_s: float) -> None:
-    if duration_s > max_duration_s:
-        raise BadClip(
-            f"too long: {duration_s:.1f} s (limit {max_duration_s:g} s, see --max_duration)"
-        )
+def check_duration(duration_s: float, limit_s: float) -> None:
+    if duration_s > limit_s:
+        raise BadClip(f"too long: {duration_s:.1f} s (limit {limit_s:g} s, see --max_duration)")
 
 
 def check_header(audio: sf.SoundFile, path: Path, max_duration_s: float) -> None:
@@ -802,16 +753,14 @@ def check_header(audio: sf.SoundFile, path: Path, max_duration_s: float) -> None
     for promised, there in re.findall(sizes, audio.extra_info, re.MULTILINE):
         if int(there) < int(promised) < PIPED:
             raise BadClip(
-                f"truncated, or its header is wrong: it promises {int(promised):,} bytes of audio, "
-                f"and {int(there):,} are there"
+                f"truncated, or its header is wrong: {int(there):,} of the {int(promised):,} bytes "
+                "of audio that it promises are there"
             )
-    if audio.frames == 0:
-        if "data : 0\n" in audio.extra_info and path.stat().st_size > 100:
-            raise BadClip(
-                "its header says 0 bytes of audio, although more follow (a recording that was not "
-                "closed?): repair it with  ffmpeg -ignore_length 1 -i FILE -c copy REPAIRED.wav"
-            )
-        raise BadClip("no samples: the file holds a header and no audio")
+    if audio.frames == 0 and "data : 0\n" in audio.extra_info and path.stat().st_size > 100:
+        raise BadClip(
+            "its header says 0 bytes of audio, although more follow. To repair it:  "
+            "ffmpeg -ignore_length 1 -i FILE -c copy REPAIRED.wav"
+        )
 
 
 def knows_length(audio: sf.SoundFile) -> bool:
@@ -828,7 +777,7 @@ def decode(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.T
         most = int(max_duration_s * audio.samplerate) + 1
         if audio.format == "FLAC":
             audio.seekable = lambda: False  # soundfile would seek, which is libsndfile's error 39
-    pieces, length = [torch.empty(channels, 0)], 0
+    pieces, length = [], 0
     while length < most:
         frames = min(2**25 // audio.channels, most - length)
         # Zeros, because a decoder may leave memory unwritten where a file is damaged.
@@ -837,18 +786,20 @@ def decode(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.T
             break
         pieces.append(mix_channels(check_samples(torch.from_numpy(piece.T)), channels))
         length += len(piece)
-    check_duration(length / audio.samplerate, max_duration_s)
     if length == 0:
-        raise BadClip("no audio could be decoded")
+        raise BadClip("no samples: the file holds a header and no audio")
+    check_duration(length / audio.samplerate, max_duration_s)
     exact = audio.format in EXACT_FORMATS and not audio.subtype.startswith("MPEG")
-    if exact and knows_length(audio) and length < audio.frames:
-        raise BadClip(f"truncated or damaged: {length:,} of {audio.frames:,} samples could be read")
+    if exact and knows_length(audio) and length < most:
+        raise BadClip(f"truncated or damaged: {length:,} of {most:,} samples could be read")
     return torch.cat(pieces, dim=1)
 
 
 def check_samples(samples: torch.Tensor) -> torch.Tensor:
-    """Return the samples. Raises BadClip: they are no audio between -1 and 1."""
-    peak = max(abs(samples.min().item()), abs(samples.max().item())) if samples.numel() else 0.0
+    """Return samples [C, T]. Raises BadClip: there are none, or they are no audio in -1 to 1."""
+    if not samples.numel():
+        raise BadClip("no samples")
+    peak = max(abs(samples.min().item()), abs(samples.max().item()))
     if not math.isfinite(peak):
         raise BadClip("NaN or infinite samples")
     if peak > LOUDEST:
@@ -867,22 +818,14 @@ def mix_channels(samples: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def explain(error: sf.LibsndfileError, head: bytes) -> str:
-    """Say why libsndfile failed to read a file that begins with `head`.
-
-    Raises OSError, MemoryError: the machine is at fault.
-    """
-    reason = error.error_string.strip()
-    if error.code == 2:  # a system call failed, although the file can be read
-        raise OSError(errno.EIO, reason) from error
-    if error.code == 17:
-        raise MemoryError(reason) from error
+    """Say why libsndfile failed to read a file that begins with `head`."""
     if is_text(head):
         return "not audio: the file holds text"
     if re.match(rb"ID3|APETAGEX|TAG", head):
-        return f"no audio behind its tag could be decoded (libsndfile: {reason})"
+        return "no audio behind the file's tag could be decoded"
     if error.code == 24:  # "SF_INFO struct incomplete"
         return "its header is damaged: a sample rate or a number of channels of 0"
-    return f"damaged, or not a sound file (libsndfile: {reason})"
+    return f"damaged, or not a sound file (libsndfile: {error.error_string.strip()})"
 
 
 def is_text(head: bytes) -> bool:
@@ -924,22 +867,20 @@ RESAMPLERS = threading.Lock()
 
 @lru_cache(maxsize=8)
 def make_resampler(rate: int, model_rate: int, device: str) -> torchaudio.transforms.Resample:
+    """Make torchaudio's resampler, with its defaults, as in EnCodec's convert_audio.
+
+    Its kernel has as many entries as the product of the reduced rates: 4 GB for 44,101 Hz. Ratios
+    of more than 2^25 entries are met by the nearest one of fewer.
+    """
     ratio = Fraction(rate, model_rate)
     nearest = ratio.limit_denominator(max(1, int(math.sqrt(2**25 / ratio))))
     if nearest != ratio:
-        met = float(model_rate * nearest)
-        say(
-            f"note: {rate} Hz is an odd sample rate; such clips are resampled as if it were {met:g}"
-        )
+        say(f"note: {rate} Hz is odd; it is resampled as {float(model_rate * nearest):g} Hz")
     return torchaudio.transforms.Resample(nearest.numerator, nearest.denominator).to(device)
 
 
 def resample(samples: torch.Tensor, rate: int, settings: Settings) -> torch.Tensor:
-    """Resample [C, T] to the model's rate with torchaudio's defaults, as EnCodec's convert_audio.
-
-    torchaudio's kernel has as many entries as the product of the reduced rates: 4 GB for 44,101 Hz.
-    Ratios of more than 2^25 entries are met by the nearest one of fewer.
-    """
+    """Resample [C, T] from `rate` in Hz to the model's rate, on the settings' device."""
     with RESAMPLERS:  # a kernel is made once, and its note printed once
         resampler = make_resampler(rate, MODELS[settings.model].sample_rate, settings.device)
     return resampler(samples.to(settings.device))
@@ -948,25 +889,20 @@ def resample(samples: torch.Tensor, rate: int, settings: Settings) -> torch.Tens
 # ------------------------------------------------------------------------------------------- chunks
 
 
-def chunk_starts(length: int, chunk: int, hop: int) -> list[int]:
-    """The chunks of `length` samples start every hop; the last is aligned to the clip's end."""
-    starts = list(range(0, max(1, length - chunk + 1), hop))
-    if starts[-1] + chunk < length:
-        starts.append(length - chunk)
-    return starts
-
-
 def split_chunks(audio: torch.Tensor, settings: Settings) -> tuple[list[int], list[torch.Tensor]]:
     """Cut audio [C, T] into chunks [C, chunk], and say at which samples they start.
 
-    Audio of at most one chunk is zero-padded at its end. Longer audio is not padded, and every
-    sample is in a chunk. A whole clip is one chunk, as long as it is.
+    Audio of at most one chunk is zero-padded at its end. Longer audio is cut every hop, and the
+    last chunk is aligned to its end: it is not padded, and every sample is in a chunk. A whole clip
+    is one chunk, as long as it is.
     """
     if settings.whole:
         return [0], [audio]
-    chunk = settings.chunk_samples
-    starts = chunk_starts(audio.shape[1], chunk, settings.hop_samples)
-    audio = F.pad(audio, (0, max(0, chunk - audio.shape[1])))
+    length, chunk = audio.shape[1], settings.chunk_samples
+    starts = list(range(0, max(1, length - chunk + 1), settings.hop_samples))
+    if starts[-1] + chunk < length:
+        starts.append(length - chunk)
+    audio = F.pad(audio, (0, max(0, chunk - length)))
     return starts, [audio[:, start : start + chunk] for start in starts]
 
 
@@ -1186,31 +1122,23 @@ class Encoder:
         and batches of one length go through the LSTM and the codebooks. The pool's order is first
         in, first out, so no batch waits for a convolution that has not started.
         """
-        counts, segments = [], []
-        for chunk in chunks:
-            parts = self.segments(chunk)
-            counts.append(len(parts))
-            segments += parts
-        lengths = [segment.shape[1] for segment in segments]
-        order = sorted(range(len(segments)), key=lambda number: -lengths[number])
-        pool = one_core_pool(self.threads, os.getpid())
-        convolved = {number: pool.submit(self.convolve, segments[number]) for number in order}
-        results: dict[int, tuple[Future, int]] = {}  # number of a segment -> batch, place in it
-        for _, same in groupby(order, key=lambda number: lengths[number]):
+        segments = [(number, part) for number, c in enumerate(chunks) for part in self.segments(c)]
+        segments.sort(key=lambda segment: -segment[1].shape[1])  # those of a chunk stay in order
+        pool, batches = one_core_pool(self.threads, os.getpid()), [[] for _ in chunks]
+        convolved = [pool.submit(self.convolve, samples) for _, samples in segments]
+        lengths = [samples.shape[1] for _, samples in segments]
+        for _, same in groupby(range(len(segments)), key=lengths.__getitem__):
             same = list(same)
-            for start in range(0, len(same), self.settings.batch_size):
-                batch = same[start : start + self.settings.batch_size]
-                future = pool.submit(self.quantize_batch, [convolved.pop(i) for i in batch])
-                results.update({number: (future, place) for place, number in enumerate(batch)})
-        number = 0
-        for count in counts:
-            codes, latents = [], []
-            for _ in range(count):
-                future, place = results.pop(number)
-                codes.append(future.result()[0][place])
-                latents.append(future.result()[1][place])
-                number += 1
-            yield np.concatenate(codes, axis=1), torch.cat(latents, dim=1)
+            for first in range(0, len(same), self.settings.batch_size):
+                batch = same[first : first + self.settings.batch_size]
+                future = pool.submit(self.quantize_batch, [convolved[i] for i in batch])
+                for place, i in enumerate(batch):
+                    batches[segments[i][0]].append((future, place))
+                    convolved[i] = None  # memory
+        for parts in batches:
+            results = [(*future.result(), place) for future, place in parts]
+            codes = np.concatenate([codes[place] for codes, _, place in results], axis=1)
+            yield codes, torch.cat([latents[place] for _, latents, place in results], dim=1)
 
     def segments(self, chunk: torch.Tensor) -> list[torch.Tensor]:
         """Cut a chunk [C, T] as the model itself does; the codes of its segments follow each other.
@@ -1396,7 +1324,7 @@ class CpuEncoder(Encoder):
 
 def make_encoder(model: EncodecModel, settings: Settings) -> Encoder:
     """Return the encoder for the device of settings from resolve_device."""
-    return (CpuEncoder if settings.device == "cpu" else Encoder)(model, settings)
+    return CpuEncoder(model, settings) if settings.device == "cpu" else Encoder(model, settings)
 
 
 def load_encoder(settings: Settings) -> Encoder:
@@ -1404,12 +1332,12 @@ def load_encoder(settings: Settings) -> Encoder:
     settings = resolve_device(settings)
     model, weights = load_model(settings, find_weights(settings))
     if weights == UNTRAINED:
-        warnings.warn(UNTRAINED_WARNING, stacklevel=2)
+        warnings.warn(f"untrained weights. {UNTRAINED_WARNING}", stacklevel=2)
     return make_encoder(model, settings)
 
 
 def tokenize(sound: object, encoder: Encoder, rate: int | None = None) -> object:
-    """Tokenize one sound, or a list of them together.
+    """Tokenize a sound, or a list of sounds together.
 
     A sound is the path of a file, or an array or tensor of samples between -1 and 1, [T] or [C, T],
     at the sample rate `rate` in Hz.
@@ -1417,55 +1345,41 @@ def tokenize(sound: object, encoder: Encoder, rate: int | None = None) -> object
     Returns codes [N, K, F], int64 within 0..1023: N chunks (1 with Settings(whole=True)), K
     codebooks, F frames; 75 frames are a second at 24 kHz. A list gives a list.
 
-    Raises BadClip: a file is missing, damaged, or no audio, or samples are none between -1 and 1.
+    Raises BadClip: a file is missing, damaged, or no audio, or samples are not between -1 and 1.
     ValueError: the shape or the rate of samples is wrong. OSError: the machine is at fault.
     """
     sounds = sound if isinstance(sound, list) else [sound]
-    chunks, counts = [], []
-    for one in sounds:
-        if isinstance(one, (str, os.PathLike)):
-            audio = load_file(Path(one), encoder.settings)
-        else:
-            audio = load_samples(one, rate, encoder.settings)
-        parts = split_chunks(audio, encoder.settings)[1]
-        chunks += parts
-        counts.append(len(parts))
-    encoded = encoder.encode(chunks)
-    codes = [
-        np.stack([next(encoded)[0] for _ in range(count)]).astype(np.int64) for count in counts
+    chunks = [
+        split_chunks(load_sound(one, rate, encoder.settings), encoder.settings)[1] for one in sounds
     ]
+    encoded = encoder.encode([chunk for parts in chunks for chunk in parts])
+    codes = [np.stack([next(encoded)[0] for _ in parts]).astype(np.int64) for parts in chunks]
     return codes if isinstance(sound, list) else codes[0]
 
 
-def load_file(path: Path, settings: Settings) -> torch.Tensor:
-    """Read and resample a file for `tokenize`: [C, T]. Raises BadClip, OSError."""
+def load_sound(sound: object, rate: int | None, settings: Settings) -> torch.Tensor:
+    """Read or check a sound, and resample it: [C, T]. See tokenize for arguments and errors."""
     channels = MODELS[settings.model].channels
-    try:
-        found = look_at(path)
-        if isinstance(found, str):
-            raise BadClip(found)
-        samples, rate, _ = read_audio(path, channels, settings.max_duration)
-    except BadClip as error:
-        raise BadClip(f"{path}: {error}") from error
-    return resample(samples, rate, settings)
-
-
-def load_samples(samples: object, rate: int | None, settings: Settings) -> torch.Tensor:
-    """Check and resample samples [T] or [C, T] for `tokenize`: [C, T]. Raises BadClip, ValueError."""
-    samples = torch.as_tensor(samples, dtype=torch.float32)
+    if isinstance(sound, (str, os.PathLike)):
+        try:
+            look_at(Path(sound))
+            samples, rate, _ = read_audio(Path(sound), channels, settings.max_duration)
+        except BadClip as reason:
+            raise BadClip(f"{sound}: {reason}") from reason
+        return resample(samples, rate, settings)
     if rate is None or not 1_000 <= rate <= 1_000_000:
-        raise ValueError(f"rate={rate}: give the sample rate of the samples in Hz")
-    if samples.ndim == 1:
-        samples = samples[None]
-    if samples.ndim != 2 or not 0 < samples.shape[0] <= samples.shape[1]:
-        shape = tuple(samples.shape)
-        raise ValueError(f"samples of shape {shape}: it must be [T] or [channels, T]")
+        raise ValueError(f"rate={rate}: samples need their sample rate in Hz")
+    samples = torch.atleast_2d(torch.as_tensor(sound, dtype=torch.float32))
+    if samples.ndim != 2 or samples.shape[0] > max(samples.shape[1], 1):
+        raise ValueError(f"samples of shape {tuple(samples.shape)} are neither [T] nor [C, T]")
     check_duration(samples.shape[1] / rate, settings.max_duration)
-    mixed = mix_channels(check_samples(samples), MODELS[settings.model].channels)
-    return resample(mixed, rate, settings)
+    return resample(mix_channels(check_samples(samples), channels), rate, settings)
 
 
 # -------------------------------------------------------------------------------------------- store
+
+GROUP_CLIPS = 16  # clips that are loaded and encoded together
+GROUP_SECONDS = 60  # of audio that a group holds at a time, but at least one clip
 
 
 @dataclass(eq=False, slots=True)
@@ -1483,24 +1397,22 @@ class Kept:
     made_with: str  # the hash at the end of the folder's name
 
 
-KEPT_ARRAYS = [f.name for f in fields(Kept)]
-
-
-def codes_folder(settings: Settings, stem: str, weights: str) -> Path:
-    """Return the folder of the kept codes; its name ends in a hash of all that decides codes."""
-    decides = code_settings(settings) | {"weights": weights, "format": FORMAT}
-    digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
-    length = "whole" if settings.whole else f"{settings.target_duration:g}s"
-    name = f"{settings.model}_{settings.bandwidth:g}kbps_{length}-{digest}"
-    return settings.output_dir / f"codes_{stem}" / name
+KEPT_ARRAYS = [one.name for one in fields(Kept)]
 
 
 def code_settings(settings: Settings) -> dict[str, object]:
     """Return the settings that decide codes; whole clips do not depend on how chunks are cut."""
-    names = set(CODE_SETTINGS)
-    if settings.whole:
-        names -= set(WINDOW_SETTINGS)
-    return {name: getattr(settings, name) for name in sorted(names)}
+    ignored = CHUNK_SETTINGS if settings.whole else ()
+    return {name: getattr(settings, name) for name in DECIDE_CODES if name not in ignored}
+
+
+def codes_folder(settings: Settings, stem: str, weights: str) -> Path:
+    """Return the folder of the kept codes; its name ends in a hash of all that decides codes."""
+    decides = code_settings(settings) | {"weights": weights, "format": KEPT_FORMAT}
+    digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
+    length = "whole" if settings.whole else f"{settings.target_duration:g}s"
+    name = f"{settings.model}_{settings.bandwidth:g}kbps_{length}-{digest}"
+    return settings.output_dir / f"codes_{stem}" / name
 
 
 def kept_path(folder: Path, name: str) -> Path:
@@ -1531,8 +1443,7 @@ def read_kept(folder: Path, name: str) -> Kept | None:
             kept.made_with == folder.name.rpartition("-")[2]
             and kept.codes.dtype == kept.latent.dtype == np.uint16
             and kept.codes.shape == (len(kept.start_sec), *kept.latent.shape)
-            and kept.codes.size > 0
-            and max(kept.codes.max(), kept.latent.max()) < NUM_CODES
+            and max(kept.codes.max(), kept.latent.max()) < NUM_CODES  # fails without codes
             and 0 <= kept.medoid < len(kept.codes)
             and 0 < kept.duration_sec < math.inf
             and np.isfinite(kept.start_sec).all()
@@ -1567,55 +1478,50 @@ def write_kept(folder: Path, name: str, kept: Kept) -> None:
             temporary.unlink()
 
 
-def find_kept(dataset: Dataset, folder: Path, settings: Settings) -> int:
-    """Give each clip the checksum of the codes that are kept of it; returns how many files are gone.
+def find_kept(dataset: Dataset, folder: Path, max_duration_s: float) -> int:
+    """Give each clip the checksum of the codes that are kept of it; count the files that are gone.
 
-    Codes of a file that has other times or another size now do not count: see take_kept.
+    Codes of a file that has other times or another size now do not count yet: see load_clip.
     """
-    gone = 0
-    for clip in tqdm(
-        dataset.clips, desc=f"{dataset.stem}: finding finished clips", **bar_options()
-    ):
-        kept = read_kept(folder, clip.name) if clip.name else None
-        if not kept:
-            continue
-        is_gone = clip.stamp is None and clip.error.startswith(NO_FILE)
-        if is_gone or clip.stamp == tuple(kept.stamp):
-            gone += is_gone
+    num_gone = 0
+    for clip in show_progress(dataset.clips, f"{dataset.stem}: looking for codes"):
+        kept = read_kept(folder, clip.name)
+        is_gone = clip.error.startswith(NO_FILE)
+        if kept and (is_gone or clip.stamp == tuple(kept.stamp)):
+            num_gone += is_gone
             try:
-                check_duration(kept.duration_sec, settings.max_duration)
+                check_duration(kept.duration_sec, max_duration_s)
                 clip.sha256, clip.error = kept.sha256, ""
             except BadClip as reason:
                 clip.error = str(reason)
-    return gone
+    return num_gone
 
 
-def take_kept(clip: Clip, folder: Path) -> Kept | None:
-    """Look for a clip's codes again: another process may have made them meanwhile.
-
-    Where only size or times have changed, as after a copy, the content decides. Codes of another
-    content are removed, so that they never come back. Raises OSError: see load.
-    """
-    kept = read_kept(folder, clip.name)
-    if not kept or clip.stamp == tuple(kept.stamp):
-        return kept
-    if sha256_of(clip.path) != kept.sha256:
-        kept_path(folder, clip.name).unlink(missing_ok=True)
-        return None
-    kept.stamp = np.array(clip.stamp)
-    with suppress(OSError, BadClip):  # these only save the next run from comparing again
-        write_kept(folder, clip.name, kept)
-    return kept
+def show_progress(clips: list[Clip], what: str, **options: object) -> tqdm:
+    """Return a bar over clips: it moves on a terminal, and writes a line a minute to a log file."""
+    interval = 0.1 if sys.stderr.isatty() else 60
+    return tqdm(clips, what, unit="clip", mininterval=interval, **{"delay": 2, **options})
 
 
-def load(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[torch.Tensor]]:
+def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[torch.Tensor]]:
     """Take a clip's codes if they are kept; else read its file, and return its chunks [C, T] too.
+
+    Another process may have made the codes meanwhile. Where only the file's stamp differs, as after
+    a copy, its content decides. Codes of another content are removed, so that they never come back.
 
     Raises BadClip: the clip is at fault. RunError: its file is gone. OSError: the machine's faults.
     """
     spec, chunks = MODELS[settings.model], []
     try:
-        kept = take_kept(clip, folder)
+        kept = read_kept(folder, clip.name)
+        if kept and clip.stamp != tuple(kept.stamp):
+            if sha256_of(clip.path) == kept.sha256:
+                kept.stamp = np.array(clip.stamp)
+                with suppress(OSError, BadClip):  # it only saves the next run this comparison
+                    write_kept(folder, clip.name, kept)
+            else:
+                kept_path(folder, clip.name).unlink(missing_ok=True)
+                kept = None
         if kept:
             check_duration(kept.duration_sec, settings.max_duration)
         else:
@@ -1632,21 +1538,19 @@ def load(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[torch
                 sha256=digest,
                 made_with=folder.name.rpartition("-")[2],
             )
-        now = look_at(clip.path)
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            now = NO_FILE
-        elif error.errno in CLIP_ERRNOS:
-            raise BadClip(f"cannot be opened: {error.strerror}") from error
-        else:
+        if look_at(clip.path) != clip.stamp:
+            raise BadClip("the file changed while it was read; the next run tries it again")
+    except (OSError, BadClip) as error:
+        if str(error) == NO_FILE or getattr(error, "errno", None) == errno.ENOENT:
+            raise RunError(
+                f"{clip.path} was there when the run began, and is gone now. Is its folder still "
+                "mounted? The same command resumes."
+            ) from error
+        if isinstance(error, BadClip):
+            raise
+        if error.errno not in CLIP_ERRNOS:
             raise OSError(error.errno, error.strerror, error.filename or str(clip.path)) from error
-    if now == NO_FILE:
-        raise RunError(
-            f"{clip.path} was there when the run began, and is gone now. Is its folder still "
-            "mounted? The same command resumes."
-        )
-    if now != clip.stamp:
-        raise BadClip("the file changed while it was read; the next run tries it again")
+        raise BadClip(f"cannot be opened: {error.strerror}") from error
     return kept, chunks
 
 
@@ -1667,7 +1571,7 @@ def encode_group(
     """Load, encode and keep some clips; rows that name one file are one item of the group.
 
     Each clip ends with the checksum of its file, or with the reason why it failed. The codes of
-    GROUP_SECONDS of audio are made together. Raises what `load` and `write_kept` raise.
+    GROUP_SECONDS of audio are made together. Raises what load_clip and write_kept raise.
     """
     waiting: list[tuple[list[Clip], Kept, list[torch.Tensor]]] = []
 
@@ -1676,22 +1580,23 @@ def encode_group(
         for rows, kept, chunks in waiting:
             add_codes(kept, [next(encoded) for _ in chunks], encoder)
             try:
-                for name in {row.name for row in rows}:
+                for name in {clip.name for clip in rows}:
                     write_kept(folder, name, kept)
-                progress.finish(rows, kept, len(chunks))
+                progress.finish(rows, kept, is_new=True)
             except BadClip as reason:
-                progress.fail(rows, str(reason))
+                progress.fail(rows, reason)
         waiting.clear()
 
     for rows in group:
-        progress.announce(rows[0])
         try:
-            kept, chunks = load(rows[0], folder, encoder.settings)
+            if encoder.settings.debug:
+                say(f"{rows[0].fname}: loading")
+            kept, chunks = load_clip(rows[0], folder, encoder.settings)
         except BadClip as reason:
-            progress.fail(rows, str(reason))
+            progress.fail(rows, reason)
             continue
         if not chunks:
-            progress.finish(rows, kept, 0)
+            progress.finish(rows, kept, is_new=False)
             continue
         if kept.duration_sec + sum(other.duration_sec for _, other, _ in waiting) > GROUP_SECONDS:
             encode_waiting()
@@ -1699,61 +1604,44 @@ def encode_group(
     encode_waiting()
 
 
-def bar_options() -> dict[str, object]:
-    """Return tqdm's options: a bar on a terminal, a line a minute in a log file."""
-    return {"unit": "clip", "mininterval": 0.1 if sys.stderr.isatty() else 60, "delay": 2}
-
-
 class Progress:
     """Counts the clips of a dataset as they finish, and shows them on a bar."""
 
     def __init__(self, dataset: Dataset, debug: bool) -> None:
         self.debug, self.lock = debug, threading.Lock()
-        self.encoded, self.failed, self.audio_s = 0, 0, 0.0
+        self.num_encoded, self.num_failed, self.audio_s = 0, 0, 0.0
         self.started = self.shown = time.monotonic()
         done = sum(bool(clip.sha256 or clip.error) for clip in dataset.clips)
-        name = dataset.stem if WORLD_SIZE == 1 else f"{dataset.stem} [process {RANK}]"
-        options = bar_options() | {"delay": 0}
-        self.bar = tqdm(
-            total=len(dataset.clips), initial=done, desc=name, position=LOCAL_RANK, **options
-        )
+        name = dataset.stem if WORLD_SIZE == 1 else f"{dataset.stem}, process {RANK}"
+        total = {"total": len(dataset.clips), "initial": done}
+        self.bar = show_progress(None, name, position=LOCAL_RANK, delay=0, **total)
 
-    def announce(self, clip: Clip) -> None:
-        if self.debug:
-            say(f"{clip.fname}: loading")
-
-    def finish(self, rows: list[Clip], kept: Kept, num_chunks: int) -> None:
-        """Count the rows of a file whose codes are kept; `num_chunks` of them were encoded now."""
+    def finish(self, rows: list[Clip], kept: Kept, is_new: bool) -> None:
         for clip in rows:
             clip.sha256 = kept.sha256
-        with self.lock:
-            self.encoded += len(rows) if num_chunks else 0
-            self.audio_s += kept.duration_sec if num_chunks else 0
-            self.update(rows)
-        if self.debug:
-            codes = " ".join(map(str, kept.codes[0, 0, :8]))
-            say(
-                f"{rows[0].fname} [{rows[0].labels}]: {kept.duration_sec:.3f} s, "
-                f"{counted(len(kept.codes), 'chunk')}, first codes {codes}"
-            )
+        self.num_encoded += len(rows) * is_new
+        self.audio_s += kept.duration_sec * is_new
+        codes = " ".join(map(str, kept.codes[0, 0, :8]))
+        chunks = counted(len(kept.codes), "chunk")
+        self.update(rows, f"{kept.duration_sec:.3f} s, {chunks}, first codes {codes}")
 
-    def fail(self, rows: list[Clip], reason: str) -> None:
+    def fail(self, rows: list[Clip], reason: BadClip) -> None:
         for clip in rows:
-            clip.error = reason
-        with self.lock:
-            self.failed += len(rows)
-            self.update(rows)
-        if self.debug:
-            say(f"{rows[0].fname} [{rows[0].labels}]: FAILED: {reason}")
+            clip.error = str(reason)
+        self.num_failed += len(rows)
+        self.update(rows, f"FAILED: {reason}")
 
-    def update(self, rows: list[Clip]) -> None:
+    def update(self, rows: list[Clip], outcome: str) -> None:
         speed = self.audio_s / (time.monotonic() - self.started)
-        self.bar.set_postfix_str(f"{speed:.0f} s of audio/s, {self.failed} failed", refresh=False)
-        self.bar.update(len(rows))
+        with self.lock:
+            self.bar.set_postfix_str(f"{speed:.0f} s of audio/s, {self.num_failed} failed", False)
+            self.bar.update(len(rows))
+        if self.debug:
+            say(f"{rows[0].fname} [{rows[0].labels}]: {outcome}")
 
-    def show(self) -> None:
+    def show_time(self) -> None:
         """Show the time that has passed, as a sign of life while a long clip is encoded."""
-        if time.monotonic() - self.shown > self.bar.mininterval:
+        if time.monotonic() - self.shown > max(1, self.bar.mininterval):
             self.shown = time.monotonic()
             self.bar.refresh()
 
@@ -1771,7 +1659,7 @@ def in_own_order(groups: list) -> list:
 
 
 def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> int:
-    """Encode the clips that have no codes yet; returns how many this process has encoded.
+    """Encode the clips that have no codes yet. Returns how many this process has encoded.
 
     Raises what encode_group raises; what is finished then stays.
     """
@@ -1780,40 +1668,38 @@ def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> int:
         if not clip.sha256 and not clip.error:
             rows_of_file[clip.path].append(clip)
     files = list(rows_of_file.values())
-    size = 4 if settings.whole else GROUP_CLIPS
+    size = 4 if settings.whole else GROUP_CLIPS  # whole clips share no batches
     if WORLD_SIZE > 1:  # small groups, so that few clips are shared evenly
         size = max(1, min(size, len(files) // (8 * WORLD_SIZE)))
     groups = [files[i : i + size] for i in range(0, len(files), size)]
     progress = Progress(dataset, settings.debug)
     pool = ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(1,))
+    task = partial(encode_group, folder=folder, encoder=encoder, progress=progress)
     try:
-        at_work = {
-            pool.submit(encode_group, group, folder, encoder, progress)
-            for group in in_own_order(groups)
-        }
+        at_work = {pool.submit(task, group) for group in in_own_order(groups)}
         while at_work:
             done, at_work = wait(at_work, timeout=1, return_when=FIRST_EXCEPTION)
             for future in done:
                 future.result()
-            progress.show()
+            progress.show_time()
     except (Exception, Interrupted):
-        finished = sum(bool(clip.sha256) for clip in dataset.clips)
-        say(
-            f"{finished:,} of {counted(len(dataset.clips), 'clip')} finished; "
-            "the same command resumes there"
-            if finished
-            else "nothing finished yet; the same command starts again"
-        )
+        num_done, total = sum(bool(clip.sha256) for clip in dataset.clips), len(dataset.clips)
+        if num_done:
+            say(
+                f"{num_done:,} of {counted(total, 'clip')} finished; the same command resumes there"
+            )
+        else:
+            say("nothing finished yet; the same command starts again")
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         progress.bar.close()
-    return progress.encoded
+    return progress.num_encoded
 
 
 # ------------------------------------------------------------------------------------------ outputs
 
-# The columns before the tokens. To add one, add a line here.
+# The columns before the tokens. A new one is added here.
 COLUMNS: dict[str, Callable[[Clip, Kept, int], object]] = {
     "fname": lambda clip, kept, row: clip.fname,
     "labels": lambda clip, kept, row: clip.labels,
@@ -1869,12 +1755,11 @@ class Job:
 
     def made_with(self) -> dict[str, object]:
         """Return all on which a CSV and a run that replaces it must agree."""
-        settings = self.settings
-        found = code_settings(settings) | {"weights": self.weights}
-        if not settings.whole:
-            found["aggregate"] = settings.aggregate
+        found = code_settings(self.settings) | {"weights": self.weights}
+        if not self.settings.whole:
+            found["aggregate"] = self.settings.aggregate
         for name in ("metadata", "audio_dir"):
-            path = getattr(settings, name)
+            path = getattr(self.settings, name)
             found[name] = str(path.resolve()) if path else None
         return found
 
@@ -1896,19 +1781,22 @@ def refuse_to_lose_rows(job: Job, num_clips: int) -> None:
         return
     record, size = job.read_record(), job.csv.stat().st_size
     differences = []
-    tokenized = record.get("tokenized")
-    sizes = [record.get("csv_bytes"), record.get("replaced_csv_bytes")]
-    if size not in sizes or not isinstance(tokenized, int):
-        name = job.output("tokenized", "json").name
-        differences.append(f"{name} does not describe it: it was edited, or another tool made it")
-    elif record.get("weights") == UNTRAINED:
-        return
-    else:
+    try:
+        settings, num_before = record["settings"], record["total_samples_processed"] + 0
+        if size not in record["csv_bytes"]:
+            raise ValueError
+        if settings["weights"] == UNTRAINED:
+            return
         for name, value in job.made_with().items():
-            if record.get(name) != value:
-                differences.append(f"--{name}: {record.get(name)} -> {value}")
-        if tokenized > num_clips:
-            differences.append(f"clips with tokens: {tokenized} -> {num_clips}, rows would be lost")
+            if settings.get(name) != value:
+                differences.append(f"--{name}: {settings.get(name)} -> {value}")
+        if num_before > num_clips:
+            differences.append(
+                f"clips with tokens: {num_before} -> {num_clips}; rows would be lost"
+            )
+    except (KeyError, TypeError, ValueError, AttributeError):  # no JSON of ours, or of other rows
+        name = job.output("tokenized", "json").name
+        differences = [f"{name} does not describe it: it was edited, or another tool made it"]
     if differences:
         raise UserError(
             "\n  ".join([f"{job.csv} is there, and this run would change it:", *differences])
@@ -1922,12 +1810,12 @@ def rows_of(job: Job) -> Iterator[tuple[Clip, Kept, np.ndarray]]:
     Raises RunError: what is kept is not of the content that this run has seen.
     """
     clips = [clip for clip in job.dataset.clips if clip.sha256]
-    for clip in tqdm(clips, desc=f"{job.dataset.stem}: writing", **bar_options()):
+    for clip in show_progress(clips, f"{job.dataset.stem}: writing"):
         kept = read_kept(job.codes, clip.name)
         if kept is None or kept.sha256 != clip.sha256:
             raise RunError(
-                f"{kept_path(job.codes, clip.name)} does not hold the codes of {clip.path}: another "
-                "run has replaced it, or this file system takes two names for one (Kick.wav and "
+                f"{kept_path(job.codes, clip.name)} does not hold the codes of {clip.path}: "
+                "another run has replaced it, or this disk takes two names for one (Kick.wav, "
                 "kick.wav). The same command tries again."
             )
         yield clip, kept, aggregate(kept, job.settings.aggregate)
@@ -1935,9 +1823,7 @@ def rows_of(job: Job) -> Iterator[tuple[Clip, Kept, np.ndarray]]:
 
 def row_cells(job: Job, clip: Clip, kept: Kept, row: int) -> dict[str, object]:
     """Return the cells of a row before its tokens, by column."""
-    columns = dict(COLUMNS)
-    if job.settings.aggregate == "none":
-        columns |= CHUNK_COLUMNS
+    columns = COLUMNS | (CHUNK_COLUMNS if job.settings.aggregate == "none" else {})
     cells = {name: cell(clip, kept, row) for name, cell in columns.items()}
     return cells | dict(zip(job.dataset.columns, clip.extra))
 
@@ -1954,8 +1840,7 @@ class Totals:
         """Count a clip, its rows, and the codes of its chunks; then drop the codes."""
         self.shapes[rows.shape[1:]] += len(rows)
         books = kept.codes.swapaxes(0, 1)  # [K, N, F]
-        counts = [np.bincount(codes.ravel(), minlength=NUM_CODES) for codes in books]
-        self.counts = self.counts + np.array(counts)
+        self.counts += np.array([np.bincount(book.ravel(), minlength=NUM_CODES) for book in books])
         kept.codes = kept.latent = np.empty(0, np.uint16)
         self.done.append((clip, kept))
 
@@ -1981,84 +1866,77 @@ def write_csv(job: Job, path: Path) -> Totals:
 
 
 def write_parquet(job: Job, path: Path) -> None:
-    """Write the rows with their tokens as one list column of uint16."""
+    """Write the rows with their tokens as one list column of uint16, further columns as numbers."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    further = column_types(job.dataset)
+    kinds = {name: column_type(job.dataset, i) for i, name in enumerate(job.dataset.columns)}
     types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
     writer, lines = None, []
-
-    def write_lines() -> None:
-        writer.write_table(pa.Table.from_pylist(lines, writer.schema))
-        lines.clear()
-
     for clip, kept, rows in rows_of(job):
         for row, codes in enumerate(rows):
             cells = row_cells(job, clip, kept, row)
-            for name, kind in further.items():
+            for name, kind in kinds.items():
                 cells[name] = kind(cells[name]) if cells[name] or kind is str else None
             if writer is None:
-                kinds = {name: further.get(name, type(cell)) for name, cell in cells.items()}
-                schema = [(name, types[kind]) for name, kind in kinds.items()]
+                schema = [
+                    (name, types[kinds.get(name, type(cell))]) for name, cell in cells.items()
+                ]
                 schema.append(("tokens", pa.list_(pa.uint16())))
                 writer = parquet.ParquetWriter(path, pa.schema(schema))
             lines.append(cells | {"tokens": codes.ravel()})
         if len(lines) >= 1000:
-            write_lines()
-    write_lines()
+            writer.write_table(pa.Table.from_pylist(lines, writer.schema))
+            lines.clear()
+    writer.write_table(pa.Table.from_pylist(lines, writer.schema))
     writer.close()
 
 
-def column_types(dataset: Dataset) -> dict[str, type]:
-    """Return the types of the further columns: int or float where all cells are such numbers.
-
-    Numbers that would not read the same again, such as 007, stay text.
-    """
-    patterns = {int: r"0|-?[1-9]\d{0,17}", float: r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?"}
-    found = {}
-    for place, name in enumerate(dataset.columns):
-        cells = {clip.extra[place] for clip in dataset.clips} - {""}
-        found[name] = str
-        for kind, pattern in reversed(patterns.items()):
-            if cells and all(re.fullmatch(pattern, cell) for cell in cells):
-                found[name] = kind
-    return found
+def column_type(dataset: Dataset, place: int) -> type:
+    """Return int or float if all cells of a further column are such numbers (007 is text)."""
+    cells = {clip.extra[place] for clip in dataset.clips} - {""}
+    if cells and all(re.fullmatch(r"0|-?[1-9]\d{0,17}", cell) for cell in cells):
+        return int
+    decimal = r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?"
+    return float if cells and all(re.fullmatch(decimal, cell) for cell in cells) else str
 
 
-def summarize(job: Job, totals: Totals, csv_bytes: int) -> dict:
-    """Collect what the JSON and the text summary say, from the settings to the codes in use."""
+def summarize(job: Job, totals: Totals) -> dict[str, object]:
+    """Collect what the JSON and the text summary say."""
+    done, settings = len(totals.done), job.settings
     shares = totals.counts / totals.counts.sum(axis=1, keepdims=True)
     logs = np.log(np.where(shares > 0, shares, 1))
     lengths = sorted(math.prod(shape) for shape in totals.shapes.elements())
-    seconds = [kept.duration_sec for _, kept in totals.done]
-    missing = [job.settings.target_duration - length for length in seconds]
-    padding = [length for length in missing if length > 0 and not job.settings.whole]
+    audio_s = sum(kept.duration_sec for _, kept in totals.done)
+    num_chunks = sum(len(kept.start_sec) for _, kept in totals.done)
+    missing = [settings.target_duration - kept.duration_sec for _, kept in totals.done]
+    padding = [seconds for seconds in missing if seconds > 0]
+    chunks = {
+        "average_chunks_per_clip": round(num_chunks / done, 2),
+        "padded_clips": len(padding),
+        "average_padding_sec": round(sum(padding) / max(1, len(padding)), 2),
+    }
     return {
         "dataset": job.dataset.stem,
-        **job.made_with(),
-        "max_duration": job.settings.max_duration,
-        "weights_file": job.weights_file,
-        "device": job.settings.device,
-        "machine": machine(job.settings.device),
-        "versions": versions(),
-        "num_clips": len(job.dataset.clips),
-        "tokenized": len(totals.done),
-        "failed": sum(bool(clip.error) for clip in job.dataset.clips),
+        "total_samples_processed": done,
+        "failed_clips": sum(bool(clip.error) for clip in job.dataset.clips),
         "rows": len(lengths),
-        "tokens": sum(lengths),
-        "tokens_per_row": [lengths[0], median(lengths), lengths[-1]],
-        "audio_sec": sum(seconds),
-        "chunks": sum(len(kept.start_sec) for _, kept in totals.done),
-        "padded": len(padding),
-        "padding_sec": sum(padding),
-        "silent": [clip.fname for clip, kept in totals.done if kept.silent],
-        "token_shapes": {str(shape): count for shape, count in totals.shapes.most_common()},
-        "codes_in_use": (totals.counts > 0).sum(axis=1).tolist(),
+        "average_tokens_per_sample": round(sum(lengths) / done, 1),
+        "tokens_per_row": {"least": lengths[0], "median": median(lengths), "most": lengths[-1]},
+        "tokens_in_all": sum(lengths),
+        "average_duration_sec": round(audio_s / done, 2),
+        "total_duration_sec": round(audio_s, 1),
+        **({} if settings.whole else chunks),
+        "silent_clips": [clip.fname for clip, kept in totals.done if kept.silent],
+        "token_shape_distribution": {str(shape): n for shape, n in totals.shapes.most_common()},
+        "codes_in_use_per_codebook": (totals.counts > 0).sum(axis=1).tolist(),
         # This many codes, used equally often, would have the same entropy.
-        "perplexity": np.exp(-(shares * logs).sum(axis=1)).round(1).tolist(),
-        "csv_bytes": csv_bytes,
-        "replaced_csv_bytes": job.csv.stat().st_size if job.csv.exists() else None,
+        "perplexity_per_codebook": np.exp(-(shares * logs).sum(axis=1)).round(1).tolist(),
+        "settings": job.made_with() | {"max_duration": settings.max_duration},
+        "weights_file": job.weights_file,
+        "device": settings.device,
+        "machine": machine(settings.device),
+        "versions": versions(),
     }
 
 
@@ -2077,56 +1955,24 @@ def machine(device: str) -> str:
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    name = models[0] if models else platform.processor()
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{models[0] if models else 'CPU'}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def text_summary(job: Job, facts: dict) -> str:
-    """Write the facts of `summarize` for people."""
-    done, failed = facts["tokenized"], facts["failed"]
-    see = f" (see {job.output('failed', 'csv').name})" if failed else ""
-    silent = ": ".join([str(len(facts["silent"])), *facts["silent"][:1]])
-    if len(facts["silent"]) > 1:
-        silent = f"{len(facts['silent'])}: {', '.join(facts['silent'])}"
-    low, middle, high = facts["tokens_per_row"]
-    audio_s = facts["audio_sec"]
-    lines = [f"EnCodec tokens of {job.dataset.stem}", ""]
-    if job.weights == UNTRAINED:
-        lines += [f"WARNING: {UNTRAINED_WARNING}", ""]
-    lines += [
-        f"Total samples processed: {done}",
-        f"Failed clips: {failed}{see}",
-        f"Rows: {facts['rows']}",
-        f"Average tokens per sample: {facts['tokens'] / done:.1f}",
-        f"Tokens per row: {low} to {high}, median {middle:g}",
-        f"Tokens in all: {facts['tokens']}",
-        f"Average duration: {audio_s / done:.2f} s",
-        f"Total duration: {audio_s:.1f} s ({audio_s / 3600:.2f} h)",
-        f"Silent clips: {silent}",
-    ]
-    if not job.settings.whole:
-        by = (
-            f", by {facts['padding_sec'] / facts['padded']:.2f} s on average"
-            if facts["padded"]
-            else ""
-        )
-        lines += [
-            f"Average chunks per clip: {facts['chunks'] / done:.2f}",
-            f"Padded clips: {facts['padded']}{by}",
-        ]
-    lines += ["Token shape distribution (codebooks, frames):"]
-    shapes = list(facts["token_shapes"].items())
-    lines += [f"  {shape}: {counted(count, 'row')}" for shape, count in shapes[:10]]
-    if len(shapes) > 10:
-        lines += [f"  and {counted(len(shapes) - 10, 'more shape')}"]
-    lines += ["", "Codebook use, over all chunks:"]
-    for book, (used, even) in enumerate(zip(facts["codes_in_use"], facts["perplexity"])):
-        share = f"{used} of {NUM_CODES} codes ({used / NUM_CODES:.1%})"
-        lines += [f"  codebook {book}: {share}, perplexity {even:.1f}"]
-    settings = [*job.made_with(), "max_duration", "weights_file"]
-    lines += ["", "Settings:", *(f"  {name}: {facts[name]}" for name in settings)]
-    packages = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    lines += ["", "Made by:", f"  {packages}", f"  on {facts['machine']} ({facts['device']})"]
+def text_summary(facts: dict[str, object]) -> str:
+    """Write the facts of `summarize` for people, a line each."""
+    lines = [f"EnCodec tokens of {facts['dataset']}", ""]
+    if facts["settings"]["weights"] == UNTRAINED:
+        lines += [f"WARNING: untrained weights. {UNTRAINED_WARNING}", ""]
+    for name, fact in facts.items():
+        label = name.replace("_sec", "_(s)").replace("_", " ").capitalize()
+        if isinstance(fact, dict):
+            lines.append(f"{label}:")
+            items = [f"  {key}: {value}" for key, value in fact.items()]
+            more = [f"  and {len(items) - 15:,} more"] if len(items) > 15 else []
+            lines += items[:15] + more
+        else:
+            items = fact if isinstance(fact, list) else [fact]
+            lines.append(f"{label}: {', '.join(map(str, items)) or 'none'}")
     return "\n".join(lines) + "\n"
 
 
@@ -2135,81 +1981,72 @@ def write_outputs(job: Job, num_encoded: int) -> int:
 
     Returns the exit status: 1 if no clip could be tokenized; the old outputs then stay.
     """
-    remove_old(job.settings.output_dir, ".unfinished-*")
-    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=job.settings.output_dir))
+    failures = [(clip.fname, clip.error) for clip in job.dataset.clips if clip.error]
+    failed, folder = job.output("failed", "csv"), job.settings.output_dir
+    remove_old(folder, ".unfinished-*")
+    folder /= f".unfinished-{uuid.uuid4().hex}"
+    folder.mkdir()
     try:
-        totals = write_csv(job, folder / job.csv.name)
-        failures = [(clip.fname, clip.error) for clip in job.dataset.clips if clip.error]
-        failed = job.output("failed", "csv")
         with (folder / failed.name).open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([("fname", "error"), *failures])
+        totals = write_csv(job, folder / job.csv.name)
         if not totals.done:
-            return report_no_rows(job, folder / failed.name, failures)
+            kept = f"{job.csv} stays as it is" if job.csv.exists() else f"all of them: {failed}"
+            if not job.csv.exists():
+                (folder / failed.name).replace(failed)
+            first = ": ".join(failures[0])
+            say(f"error: none of {counted(len(failures), 'clip')} is tokenized. {first}; {kept}")
+            return 1
         new = write_views(job, totals, folder)
         refuse_to_lose_rows(job, len(totals.done))  # another run may have finished meanwhile
-        if failures:
-            new[failed] = folder / failed.name
-        new[job.csv] = folder / job.csv.name  # the last one: see Job.read_record
-        for path, temporary in new.items():
-            shutil.copyfile(
-                temporary, path
-            ) if path.parent != job.csv.parent else temporary.replace(path)
+        for path in [*new, *([failed] if failures else []), job.csv]:
+            if path.parent == folder.parent:
+                (folder / path.name).replace(path)
+            else:  # a picture's, perhaps on another disk
+                shutil.copyfile(folder / path.name, path)
         if not failures:
-            failed.unlink(missing_ok=True)  # of rows that are no more
+            failed.unlink(missing_ok=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    there = len(totals.done) - num_encoded
-    see = f" (see {failed})" if failures else ""
+    done, see = len(totals.done), f" (see {failed})" if failures else ""
     report(
-        f"{job.csv}: {counted(len(totals.done), 'clip')} tokenized ({num_encoded:,} encoded now, "
-        f"{there:,} already there), {len(failures):,} failed{see}. "
+        f"{job.csv}: {counted(done, 'clip')} tokenized ({num_encoded:,} encoded now, "
+        f"{done - num_encoded:,} already there), {len(failures):,} failed{see}. "
         f"Summary: {job.output('summary', 'txt')}"
     )
     return 0
 
 
-def write_views(job: Job, totals: Totals, folder: Path) -> dict[Path, Path]:
-    """Write the outputs beside the CSV into a temporary folder. A new output is added here.
+def write_views(job: Job, totals: Totals, folder: Path) -> list[Path]:
+    """Write the outputs besides the CSV into a temporary folder. A new output is added here.
 
-    A Parquet file or picture of an earlier run is brought up to date, too.
-    Returns the final path of each -> the temporary one, the JSON first.
+    A Parquet file or a picture of an earlier run is brought up to date, too.
+    Returns the final paths, the JSON first.
     """
-    old_picture = job.read_record().get("picture")
-    facts = summarize(job, totals, (folder / job.csv.name).stat().st_size)
-    json_path, parquet_path = job.output("tokenized", "json"), job.output("tokenized", "parquet")
-    new = {path: folder / path.name for path in (json_path, job.output("summary", "txt"))}
-    pictures = [picture_path(job, job.settings.plot)] if job.settings.plot is not None else []
-    if not pictures and isinstance(old_picture, str):
-        pictures = [path for path in [job.settings.output_dir / old_picture] if path.is_file()]
-    for path in pictures:
-        new[path] = folder / path.name
-        write_picture(job, facts, totals, new[path])
-        facts["picture"] = os.path.relpath(path, job.settings.output_dir)
-    if job.settings.parquet or parquet_path.exists():
-        new[parquet_path] = folder / parquet_path.name
-        write_parquet(job, new[parquet_path])
-    new[json_path].write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    new[job.output("summary", "txt")].write_text(text_summary(job, facts), encoding="utf-8")
+    facts = summarize(job, totals)
+    new = [job.output("tokenized", "json"), job.output("summary", "txt")]
+    (folder / new[1].name).write_text(text_summary(facts), encoding="utf-8")
+    # Of the CSV to come, and of the one that it replaces: between the renames, both are ours.
+    facts["csv_bytes"] = [(folder / job.csv.name).stat().st_size]
+    facts["csv_bytes"] += [job.csv.stat().st_size] if job.csv.exists() else []
+    picture = picture_path(job)
+    if picture:
+        new.append(picture)
+        write_picture(job, totals, facts, folder / picture.name)
+        facts["picture"] = os.path.relpath(picture, job.settings.output_dir)
+    parquet = job.output("tokenized", "parquet")
+    if job.settings.parquet or parquet.exists():
+        new.append(parquet)
+        write_parquet(job, folder / parquet.name)
+    (folder / new[0].name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return new
 
 
-def report_no_rows(job: Job, listed: Path, failures: list[tuple[str, str]]) -> int:
-    """Say that all clips failed. List the reasons in failed_*.csv if there is no older CSV."""
-    reasons = f"the first: {failures[0][0]}: {failures[0][1]}"
-    if job.csv.exists():
-        reasons += f"; {job.csv} stays as it is"
-    else:
-        listed.replace(job.output("failed", "csv"))
-        reasons += f"; all: {job.output('failed', 'csv')}"
-    say(f"error: no clip of {len(failures):,} could be tokenized ({reasons})")
-    return 1
-
-
 def remove_old(folder: Path, pattern: str) -> None:
-    """Remove the temporary files and folders that a killed run has left; others may be in use."""
+    """Remove what runs that were killed have left; younger things may belong to a living one."""
     for path in folder.glob(pattern):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > A_DAY:
+            if time.time() - path.stat().st_mtime > 86_400:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -2224,18 +2061,20 @@ def report(text: str) -> None:
 # ------------------------------------------------------------------------------------- the picture
 
 
-def picture_path(job: Job, name: str) -> Path:
-    """Return a picture's path below --output_dir; a name without a suffix is a PNG."""
-    if not name:
-        return job.output("summary", "png")
-    path = job.settings.output_dir / name
+def picture_path(job: Job) -> Path | None:
+    """Return --plot's path, or that of an earlier run's picture, below --output_dir, if any."""
+    settings, earlier = job.settings, job.read_record().get("picture")
+    if settings.plot is None:
+        path = settings.output_dir / str(earlier)
+        return path if earlier and path.is_file() else None
+    path = settings.output_dir / (settings.plot or job.output("summary", "png").name)
     path = path if path.suffix else path.with_suffix(".png")
-    if job.settings.dataset == "both" and not job.settings.audio_dir:
+    if settings.plot and settings.dataset == "both":
         path = path.with_stem(f"{path.stem}_{job.dataset.stem}")
     return path
 
 
-def write_picture(job: Job, facts: dict, totals: Totals, path: Path) -> None:
+def write_picture(job: Job, totals: Totals, facts: dict, path: Path) -> None:
     """Draw durations, chunks and codes in use; below, a short, a median and a long clip's tokens.
 
     The figure is as wide as a page (7.2 in), with text of 8 pt, and PDFs hold TrueType fonts.
@@ -2244,67 +2083,49 @@ def write_picture(job: Job, facts: dict, totals: Totals, path: Path) -> None:
     from matplotlib.figure import Figure
 
     done = sorted(totals.done, key=lambda item: item[1].duration_sec)
-    shown = [done[i][0] for i in dict.fromkeys([0, (len(done) - 1) // 2, len(done) - 1])]
-    style = {"font.size": 8, "axes.titlesize": 8, "figure.titlesize": 9, "pdf.fonttype": 42}
-    with rc_context(style | {"axes.spines.top": False, "axes.spines.right": False}):
+    with rc_context({"font.size": 8, "axes.titlesize": 8, "pdf.fonttype": 42}):
         figure = Figure(figsize=(7.2, 6.4), layout="constrained")
         weights = job.weights_file or job.weights
-        title = f"{job.dataset.stem}: {job.codes.name}, weights {weights}"
-        figure.suptitle(title, parse_math=False)
-        counts, waves, maps = figure.subfigures(3, 1, height_ratios=(2, 1, 2))
-        draw_counts(counts.subplots(1, 3), facts, totals)
-        panels = [part.subplots(1, 3, squeeze=False)[0] for part in (waves, maps)]
-        for wave, tokens in list(zip(*panels))[len(shown) :]:
-            wave.set_axis_off()
-            tokens.set_axis_off()
-        for clip, wave, tokens in zip(shown, *panels):
-            draw_clip(job, clip, wave, tokens)
+        figure.suptitle(f"{job.dataset.stem}: {job.codes.name}, {weights}", parse_math=False)
+        panels = figure.subplots(3, 3, height_ratios=(2, 1, 2))
+        durations, chunks, books = panels[0]
+        durations.hist([kept.duration_sec for _, kept in done], bins=40)
+        durations.set(xlabel="duration of a clip (s)", ylabel="clips")
+        counts = Counter(len(kept.start_sec) for _, kept in done)
+        chunks.bar(counts.keys(), counts.values())
+        chunks.set(xlabel="chunks of a clip", ylabel="clips")
+        for place, name in enumerate(("codes_in_use_per_codebook", "perplexity_per_codebook")):
+            numbers = np.arange(len(facts[name])) + 0.4 * place - 0.2
+            books.bar(numbers, facts[name], 0.4, label=("in use", "perplexity")[place])
+        books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes")
+        books.legend(frameon=False)
+        for (clip, _), column in zip((done[0], done[(len(done) - 1) // 2], done[-1]), panels[1:].T):
+            draw_clip(job, clip, *column)
         figure.supxlabel(
-            "A short, a median and a long clip: its (first) chunk, and the codes of its (first) "
-            "row. Grey is zero padding.\nColours tell codes apart and have no order.",
+            "A short, a median and a long clip: its first chunk, and the codes of its first row.\n"
+            "Grey is zero padding. Colours tell codes apart and have no order.",
             fontsize=8,
         )
         figure.savefig(path, dpi=300)
 
 
-def draw_counts(panels: list[Axes], facts: dict, totals: Totals) -> None:
-    """Draw how long the clips are, how many frames or chunks they have, how codes are used."""
-    lengths, counts, books = panels
-    lengths.hist([kept.duration_sec for _, kept in totals.done], bins=40)
-    lengths.set(xlabel="duration of a clip (s)", ylabel="clips")
-    chunks = Counter(len(kept.start_sec) for _, kept in totals.done)
-    counts.bar(chunks.keys(), chunks.values())
-    counts.set(xlabel="chunks of a clip", ylabel="clips")
-    numbers = np.arange(len(facts["codes_in_use"]))
-    books.bar(numbers - 0.2, facts["codes_in_use"], 0.4, label="in use")
-    books.bar(numbers + 0.2, facts["perplexity"], 0.4, label="perplexity")
-    books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes")
-    books.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), handlelength=1)
-    for axis in (lengths.yaxis, counts.xaxis, counts.yaxis, books.xaxis):
-        axis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-
-
 def draw_clip(job: Job, clip: Clip, wave: Axes, tokens: Axes) -> None:
     """Draw a clip's first chunk over the codes of its first row, with the padding in grey."""
-    settings = replace(job.settings, device="cpu")
-    kept = read_kept(job.codes, clip.name)
+    settings, kept = replace(job.settings, device="cpu"), read_kept(job.codes, clip.name)
     chunk_s = kept.duration_sec if settings.whole else settings.target_duration
     try:
-        chunk = split_chunks(load_file(clip.path, settings), settings)[1][0]
+        chunk = split_chunks(load_sound(clip.path, None, settings), settings)[1][0]
         wave.plot(np.linspace(0, chunk_s, chunk.shape[1]), chunk[0], color="black", linewidth=0.4)
     except (BadClip, OSError) as reason:
         say(f"note: the picture shows no waveform of {clip.fname}: {reason}")
-    name, labels = (
-        text if len(text) <= 26 else f"{text[:23]}..." for text in (clip.fname, clip.labels)
-    )
-    wave.set_title(f"{name}, {kept.duration_sec:.2f} s\n{labels}", parse_math=False)
-    wave.set(xlim=(0, chunk_s), ylim=(-1, 1), yticks=(-1, 0, 1), ylabel="full scale")
+    name = f"{clip.fname[:24]}, {kept.duration_sec:.2f} s\n{clip.labels[:30]}"
+    wave.set_title(name, parse_math=False)
+    wave.set(xlim=(0, chunk_s), ylim=(-1, 1), ylabel="full scale")
     row = aggregate(kept, settings.aggregate)[0]  # [K, F]
     extent = (0, chunk_s, len(row) - 0.5, -0.5)
     look = {"cmap": "nipy_spectral", "vmin": 0, "vmax": NUM_CODES - 1, "interpolation": "nearest"}
     tokens.imshow(row, aspect="auto", extent=extent, **look)
     tokens.set(xlabel="time (s)", ylabel="codebook")
-    tokens.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for panel in (wave, tokens):
         panel.axvspan(min(kept.duration_sec, chunk_s), chunk_s, color="0.5", alpha=0.4, linewidth=0)
 
@@ -2327,7 +2148,7 @@ def run(settings: Settings) -> int:
         warning = f"WARNING: UNTRAINED WEIGHTS. {UNTRAINED_WARNING}"
         say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
     encoder = make_encoder(model, settings)
-    encoded = [encode_dataset(job.dataset, job.codes, encoder) for job in jobs]  # before any output
+    encoded = [encode_dataset(job.dataset, job.codes, encoder) for job in jobs]
     if RANK > 0:
         say(
             f"process {RANK}: {counted(sum(encoded), 'clip')} encoded. Process 0 writes the outputs."
@@ -2343,7 +2164,7 @@ def prepare(job: Job) -> None:
     the output folder cannot be used.
     """
     clips, folder = job.dataset.clips, job.codes
-    gone = find_kept(job.dataset, folder, job.settings)
+    gone = find_kept(job.dataset, folder, job.settings.max_duration)
     missing = sum(clip.error.startswith(NO_FILE) for clip in clips)
     if missing and not any(clip.stamp for clip in clips):
         raise UserError(
