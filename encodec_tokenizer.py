@@ -32,6 +32,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -52,7 +53,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -86,7 +87,13 @@ STEMS = {  # the value of --dataset -> the stems of the output files
     "sample": ["sample"],
 }
 SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "sample"
-AGGREGATES = ("mean", "latent", "medoid", "none")
+AGGREGATES: dict[str, Callable[[Kept], np.ndarray]] = {  # the rows [R, K, F] of a clip
+    # The mean of the chunks' codes, rounded; with several chunks these are no codes of EnCodec's.
+    "mean": lambda kept: np.rint(kept.codes.mean(axis=0, keepdims=True)).astype(np.uint16),
+    "latent": lambda kept: kept.latent[None],  # the codes of the mean of the chunks' latents
+    "medoid": lambda kept: kept.codes[[kept.medoid]],  # the chunk nearest to that mean
+    "none": lambda kept: kept.codes,  # a row for each chunk
+}
 NUM_CODES = 1024  # entries of a codebook
 UNTRAINED = "untrained (seed 0)"
 UNTRAINED_WARNING = "These tokens are for testing only and have no meaning."
@@ -109,11 +116,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
 
 
 class UserError(Exception):
-    """The user has to change something first: the message is printed as it is, exit status 2."""
+    """The user has to change something first: the message is printed as it is."""
+
+    status = 2
 
 
 class RunError(Exception):
-    """The run cannot go on: the message is printed as it is, exit status 1."""
+    """The run cannot go on: the message is printed as it is."""
+
+    status = 1
 
 
 class BadClip(Exception):
@@ -405,6 +416,7 @@ class Clip:
     stamp: Stamp | None = None  # of its file; None if there is none
     error: str = ""  # why it cannot be tokenized
     sha256: str = ""  # of the file whose codes are kept; empty as long as there are none
+    encoded_s: float = 0.0  # seconds of audio that this process has encoded
 
 
 @dataclass(frozen=True)
@@ -447,8 +459,10 @@ def find_datasets(settings: Settings) -> list[Dataset]:
     else:
         datasets = [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
     for dataset in datasets:
+        names = {}
         for clip in dataset.clips:
             find_file(clip, dataset)
+            clip.name = names.setdefault(clip.path, clip.name)  # two spellings of a name are one
     return datasets
 
 
@@ -1397,22 +1411,7 @@ class Kept:
     made_with: str  # the hash at the end of the folder's name
 
 
-KEPT_ARRAYS = [one.name for one in fields(Kept)]
-
-
-def code_settings(settings: Settings) -> dict[str, object]:
-    """Return the settings that decide codes; whole clips do not depend on how chunks are cut."""
-    ignored = CHUNK_SETTINGS if settings.whole else ()
-    return {name: getattr(settings, name) for name in DECIDE_CODES if name not in ignored}
-
-
-def codes_folder(settings: Settings, stem: str, weights: str) -> Path:
-    """Return the folder of the kept codes; its name ends in a hash of all that decides codes."""
-    decides = code_settings(settings) | {"weights": weights, "format": KEPT_FORMAT}
-    digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
-    length = "whole" if settings.whole else f"{settings.target_duration:g}s"
-    name = f"{settings.model}_{settings.bandwidth:g}kbps_{length}-{digest}"
-    return settings.output_dir / f"codes_{stem}" / name
+KEPT_ARRAYS = [array.name for array in fields(Kept)]
 
 
 def kept_path(folder: Path, name: str) -> Path:
@@ -1481,10 +1480,10 @@ def write_kept(folder: Path, name: str, kept: Kept) -> None:
 def find_kept(dataset: Dataset, folder: Path, max_duration_s: float) -> int:
     """Give each clip the checksum of the codes that are kept of it; count the files that are gone.
 
-    Codes of a file that has other times or another size now do not count yet: see load_clip.
+    Codes of a file that has other times or another size now do not count yet: see take_kept.
     """
     num_gone = 0
-    for clip in show_progress(dataset.clips, f"{dataset.stem}: looking for codes"):
+    for clip in show_progress(dataset.clips, f"{dataset.stem}: looking for codes", delay=2):
         kept = read_kept(folder, clip.name)
         is_gone = clip.error.startswith(NO_FILE)
         if kept and (is_gone or clip.stamp == tuple(kept.stamp)):
@@ -1500,44 +1499,43 @@ def find_kept(dataset: Dataset, folder: Path, max_duration_s: float) -> int:
 def show_progress(clips: list[Clip], what: str, **options: object) -> tqdm:
     """Return a bar over clips: it moves on a terminal, and writes a line a minute to a log file."""
     interval = 0.1 if sys.stderr.isatty() else 60
-    return tqdm(clips, what, unit="clip", mininterval=interval, **{"delay": 2, **options})
+    return tqdm(clips, what, unit="clip", mininterval=interval, position=LOCAL_RANK, **options)
+
+
+def take_kept(clip: Clip, folder: Path) -> Kept | None:
+    """Look again for a clip's codes, which another process may have made meanwhile.
+
+    Where only the file's stamp differs, as after a copy, its content decides. Codes of another
+    content are removed, so that they never come back. Raises OSError.
+    """
+    kept = read_kept(folder, clip.name)
+    if kept and clip.stamp != tuple(kept.stamp):
+        if sha256_of(clip.path) != kept.sha256:
+            kept_path(folder, clip.name).unlink(missing_ok=True)
+            return None
+        kept.stamp = np.array(clip.stamp)
+        with suppress(OSError, BadClip):  # it only saves the next run this comparison
+            write_kept(folder, clip.name, kept)
+    return kept
 
 
 def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[torch.Tensor]]:
     """Take a clip's codes if they are kept; else read its file, and return its chunks [C, T] too.
 
-    Another process may have made the codes meanwhile. Where only the file's stamp differs, as after
-    a copy, its content decides. Codes of another content are removed, so that they never come back.
-
     Raises BadClip: the clip is at fault. RunError: its file is gone. OSError: the machine's faults.
     """
     spec, chunks = MODELS[settings.model], []
     try:
-        kept = read_kept(folder, clip.name)
-        if kept and clip.stamp != tuple(kept.stamp):
-            if sha256_of(clip.path) == kept.sha256:
-                kept.stamp = np.array(clip.stamp)
-                with suppress(OSError, BadClip):  # it only saves the next run this comparison
-                    write_kept(folder, clip.name, kept)
-            else:
-                kept_path(folder, clip.name).unlink(missing_ok=True)
-                kept = None
+        kept = take_kept(clip, folder)
         if kept:
             check_duration(kept.duration_sec, settings.max_duration)
         else:
             samples, rate, digest = read_audio(clip.path, spec.channels, settings.max_duration)
             starts, chunks = split_chunks(resample(samples, rate, settings), settings)
-            kept = Kept(
-                codes=np.empty(0, np.uint16),  # until it is encoded
-                latent=np.empty(0, np.uint16),
-                medoid=0,
-                start_sec=np.array(starts) / spec.sample_rate,
-                duration_sec=samples.shape[1] / rate,
-                silent=not samples.any(),
-                stamp=np.array(clip.stamp),
-                sha256=digest,
-                made_with=folder.name.rpartition("-")[2],
-            )
+            start_sec, duration_sec = np.array(starts) / spec.sample_rate, samples.shape[1] / rate
+            stamp, made_with = np.array(clip.stamp), folder.name.rpartition("-")[2]
+            silent, later = not samples.any(), np.empty(0, np.uint16)  # for add_codes
+            kept = Kept(later, later, 0, start_sec, duration_sec, silent, stamp, digest, made_with)
         if look_at(clip.path) != clip.stamp:
             raise BadClip("the file changed while it was read; the next run tries it again")
     except (OSError, BadClip) as error:
@@ -1548,102 +1546,62 @@ def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[
             ) from error
         if isinstance(error, BadClip):
             raise
-        if error.errno not in CLIP_ERRNOS:
-            raise OSError(error.errno, error.strerror, error.filename or str(clip.path)) from error
-        raise BadClip(f"cannot be opened: {error.strerror}") from error
+        if error.errno in CLIP_ERRNOS:
+            raise BadClip(f"cannot be opened: {error.strerror}") from error
+        raise OSError(error.errno, error.strerror, error.filename or str(clip.path)) from error
     return kept, chunks
 
 
-def add_codes(kept: Kept, encoded: list[tuple[np.ndarray, torch.Tensor]], encoder: Encoder) -> None:
-    """Give a clip the codes of its chunks, and what `latent` and `medoid` rows need of latents."""
-    kept.codes = np.stack([codes for codes, _ in encoded])
-    kept.latent, kept.medoid = kept.codes[0], 0
-    if len(encoded) > 1:
-        latents = torch.stack([latents for _, latents in encoded])  # [N, D, F]
-        mean = latents.mean(dim=0, keepdim=True)
-        kept.medoid = int((latents - mean).pow(2).sum(dim=(1, 2)).argmin())
-        kept.latent = encoder.quantize(mean)[0]
+def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
+    """Load, encode and keep some clips. Each ends with its file's checksum, or with an error.
 
-
-def encode_group(
-    group: list[list[Clip]], folder: Path, encoder: Encoder, progress: Progress
-) -> None:
-    """Load, encode and keep some clips; rows that name one file are one item of the group.
-
-    Each clip ends with the checksum of its file, or with the reason why it failed. The codes of
-    GROUP_SECONDS of audio are made together. Raises what load_clip and write_kept raise.
+    The codes of GROUP_SECONDS of audio are made together. Raises RunError, OSError: see load_clip.
     """
-    waiting: list[tuple[list[Clip], Kept, list[torch.Tensor]]] = []
-
-    def encode_waiting() -> None:
-        encoded = encoder.encode([chunk for _, _, chunks in waiting for chunk in chunks])
-        for rows, kept, chunks in waiting:
-            add_codes(kept, [next(encoded) for _ in chunks], encoder)
-            try:
-                for name in {clip.name for clip in rows}:
-                    write_kept(folder, name, kept)
-                progress.finish(rows, kept, is_new=True)
-            except BadClip as reason:
-                progress.fail(rows, reason)
-        waiting.clear()
-
-    for rows in group:
+    debug, waiting = encoder.settings.debug, []
+    for clip in group:
         try:
-            if encoder.settings.debug:
-                say(f"{rows[0].fname}: loading")
-            kept, chunks = load_clip(rows[0], folder, encoder.settings)
+            if debug:
+                say(f"{clip.fname}: loading")
+            kept, chunks = load_clip(clip, folder, encoder.settings)
         except BadClip as reason:
-            progress.fail(rows, reason)
+            clip.error = str(reason)
+            if debug:
+                say(f"{clip.fname} [{clip.labels}]: FAILED: {reason}")
             continue
         if not chunks:
-            progress.finish(rows, kept, is_new=False)
+            clip.sha256 = kept.sha256
             continue
         if kept.duration_sec + sum(other.duration_sec for _, other, _ in waiting) > GROUP_SECONDS:
-            encode_waiting()
-        waiting.append((rows, kept, chunks))
-    encode_waiting()
+            encode_clips(waiting, folder, encoder)
+            waiting.clear()
+        waiting.append((clip, kept, chunks))
+    encode_clips(waiting, folder, encoder)
 
 
-class Progress:
-    """Counts the clips of a dataset as they finish, and shows them on a bar."""
-
-    def __init__(self, dataset: Dataset, debug: bool) -> None:
-        self.debug, self.lock = debug, threading.Lock()
-        self.num_encoded, self.num_failed, self.audio_s = 0, 0, 0.0
-        self.started = self.shown = time.monotonic()
-        done = sum(bool(clip.sha256 or clip.error) for clip in dataset.clips)
-        name = dataset.stem if WORLD_SIZE == 1 else f"{dataset.stem}, process {RANK}"
-        total = {"total": len(dataset.clips), "initial": done}
-        self.bar = show_progress(None, name, position=LOCAL_RANK, delay=0, **total)
-
-    def finish(self, rows: list[Clip], kept: Kept, is_new: bool) -> None:
-        for clip in rows:
-            clip.sha256 = kept.sha256
-        self.num_encoded += len(rows) * is_new
-        self.audio_s += kept.duration_sec * is_new
-        codes = " ".join(map(str, kept.codes[0, 0, :8]))
-        chunks = counted(len(kept.codes), "chunk")
-        self.update(rows, f"{kept.duration_sec:.3f} s, {chunks}, first codes {codes}")
-
-    def fail(self, rows: list[Clip], reason: BadClip) -> None:
-        for clip in rows:
+def encode_clips(
+    loaded: list[tuple[Clip, Kept, list[torch.Tensor]]], folder: Path, encoder: Encoder
+) -> None:
+    """Encode clips from load_clip together, and keep their codes. Raises OSError: see write_kept."""
+    encoded = encoder.encode([chunk for _, _, chunks in loaded for chunk in chunks])
+    for clip, kept, chunks in loaded:
+        codes, latents = zip(*(next(encoded) for _ in chunks))
+        kept.codes, kept.latent = np.stack(codes), codes[0]
+        if len(chunks) > 1:
+            latents = torch.stack(latents)  # [N, D, F]
+            mean = latents.mean(dim=0, keepdim=True)
+            kept.medoid = int((latents - mean).pow(2).sum(dim=(1, 2)).argmin())
+            kept.latent = encoder.quantize(mean)[0]
+        try:
+            write_kept(folder, clip.name, kept)
+            clip.sha256, clip.encoded_s = kept.sha256, kept.duration_sec
+        except BadClip as reason:
             clip.error = str(reason)
-        self.num_failed += len(rows)
-        self.update(rows, f"FAILED: {reason}")
-
-    def update(self, rows: list[Clip], outcome: str) -> None:
-        speed = self.audio_s / (time.monotonic() - self.started)
-        with self.lock:
-            self.bar.set_postfix_str(f"{speed:.0f} s of audio/s, {self.num_failed} failed", False)
-            self.bar.update(len(rows))
-        if self.debug:
-            say(f"{rows[0].fname} [{rows[0].labels}]: {outcome}")
-
-    def show_time(self) -> None:
-        """Show the time that has passed, as a sign of life while a long clip is encoded."""
-        if time.monotonic() - self.shown > max(1, self.bar.mininterval):
-            self.shown = time.monotonic()
-            self.bar.refresh()
+        if encoder.settings.debug:
+            first = " ".join(map(str, kept.codes[0, 0, :8]))
+            say(
+                f"{clip.fname} [{clip.labels}]: {kept.duration_sec:.3f} s, "
+                f"{counted(len(chunks), 'chunk')}, first codes {first} {clip.error}"
+            )
 
 
 def in_own_order(groups: list) -> list:
@@ -1658,43 +1616,37 @@ def in_own_order(groups: list) -> list:
     return own + others[place:] + others[:place]
 
 
-def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> int:
-    """Encode the clips that have no codes yet. Returns how many this process has encoded.
-
-    Raises what encode_group raises; what is finished then stays.
-    """
-    settings, rows_of_file = encoder.settings, defaultdict(list)
-    for clip in dataset.clips:
+def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
+    """Encode the clips that have no codes yet. Raises what encode_group raises."""
+    clips, settings, started = dataset.clips, encoder.settings, time.monotonic()
+    first_rows = {}  # rows of one file share its codes
+    for clip in clips:
         if not clip.sha256 and not clip.error:
-            rows_of_file[clip.path].append(clip)
-    files = list(rows_of_file.values())
+            first_rows.setdefault(clip.name, clip)
+    files = list(first_rows.values())
     size = 4 if settings.whole else GROUP_CLIPS  # whole clips share no batches
     if WORLD_SIZE > 1:  # small groups, so that few clips are shared evenly
         size = max(1, min(size, len(files) // (8 * WORLD_SIZE)))
-    groups = [files[i : i + size] for i in range(0, len(files), size)]
-    progress = Progress(dataset, settings.debug)
+    groups = in_own_order([files[i : i + size] for i in range(0, len(files), size)])
+    bar = show_progress(None, dataset.stem, total=len(clips))
     pool = ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(1,))
-    task = partial(encode_group, folder=folder, encoder=encoder, progress=progress)
     try:
-        at_work = {pool.submit(task, group) for group in in_own_order(groups)}
-        while at_work:
-            done, at_work = wait(at_work, timeout=1, return_when=FIRST_EXCEPTION)
+        at_work = {pool.submit(encode_group, group, folder, encoder) for group in groups}
+        while at_work:  # the bar shows each second that the run is alive, in a log each minute
+            done, at_work = wait(at_work, max(1, bar.mininterval), FIRST_EXCEPTION)
             for future in done:
                 future.result()
-            progress.show_time()
-    except (Exception, Interrupted):
-        num_done, total = sum(bool(clip.sha256) for clip in dataset.clips), len(dataset.clips)
-        if num_done:
-            say(
-                f"{num_done:,} of {counted(total, 'clip')} finished; the same command resumes there"
-            )
-        else:
-            say("nothing finished yet; the same command starts again")
-        raise
+            speed = sum(clip.encoded_s for clip in clips) / (time.monotonic() - started)
+            failed = sum(bool(clip.error) for clip in clips)
+            bar.n = failed + sum(bool(clip.sha256) for clip in clips)
+            bar.set_postfix_str(f"{speed:.0f} s of audio/s, {failed} failed")
     finally:
+        bar.close()
         pool.shutdown(wait=False, cancel_futures=True)
-        progress.bar.close()
-    return progress.num_encoded
+    for clip in clips:
+        if not clip.sha256 and not clip.error:
+            first = first_rows[clip.name]
+            clip.sha256, clip.error = first.sha256, first.error
 
 
 # ------------------------------------------------------------------------------------------ outputs
@@ -1714,25 +1666,6 @@ CHUNK_COLUMNS: dict[str, Callable[[Clip, Kept, int], object]] = {  # with --aggr
 }
 
 
-def aggregate(kept: Kept, how: str) -> np.ndarray:
-    """Turn the codes of a clip's chunks into those of its rows [R, K, F]; R is 1 but for `none`.
-
-    mean: the mean of the codes, rounded; with several chunks these are no codes of EnCodec's.
-    latent: the codes of the mean of the chunks' latents.
-    medoid: the codes of the chunk whose latents are nearest to that mean.
-    none: every chunk's codes.
-    """
-    if how == "mean":
-        return np.rint(kept.codes.mean(axis=0, keepdims=True)).astype(np.uint16)
-    if how == "latent":
-        return kept.latent[None]
-    if how == "medoid":
-        return kept.codes[kept.medoid : kept.medoid + 1]
-    if how == "none":
-        return kept.codes
-    raise ValueError(f"unknown aggregate: {how}")
-
-
 @dataclass(frozen=True)
 class Job:
     """One dataset under the run's settings and weights: where its codes and its outputs go."""
@@ -1742,10 +1675,6 @@ class Job:
     weights: str  # see load_model
     weights_file: str | None
 
-    @cached_property
-    def codes(self) -> Path:
-        return codes_folder(self.settings, self.dataset.stem, self.weights)
-
     def output(self, kind: str, ending: str) -> Path:
         return self.settings.output_dir / f"{kind}_{self.dataset.stem}.{ending}"
 
@@ -1753,23 +1682,37 @@ class Job:
     def csv(self) -> Path:
         return self.output("tokenized", "csv")
 
+    @cached_property
     def made_with(self) -> dict[str, object]:
-        """Return all on which a CSV and a run that replaces it must agree."""
-        found = code_settings(self.settings) | {"weights": self.weights}
-        if not self.settings.whole:
-            found["aggregate"] = self.settings.aggregate
-        for name in ("metadata", "audio_dir"):
-            path = getattr(self.settings, name)
-            found[name] = str(path.resolve()) if path else None
-        return found
+        """All on which a CSV and a run that replaces it must agree."""
+        paths = {name: getattr(self.settings, name) for name in ("metadata", "audio_dir")}
+        found = {name: str(path.resolve()) if path else None for name, path in paths.items()}
+        names = [*DECIDE_CODES, "aggregate"]
+        if self.settings.whole:  # it does not depend on how chunks are cut
+            names = [name for name in names if name not in CHUNK_SETTINGS]
+        return (
+            {name: getattr(self.settings, name) for name in names}
+            | {"weights": self.weights}
+            | found
+        )
+
+    @cached_property
+    def codes(self) -> Path:
+        """The folder of the kept codes; its name ends in a hash of all that decides codes."""
+        settings, decides = self.settings, {"weights": self.weights, "format": KEPT_FORMAT}
+        decides |= {name: self.made_with.get(name) for name in DECIDE_CODES}
+        digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
+        length = "whole" if settings.whole else f"{settings.target_duration:g}s"
+        name = f"{settings.model}_{settings.bandwidth:g}kbps_{length}-{digest}"
+        return settings.output_dir / f"codes_{self.dataset.stem}" / name
 
     def read_record(self) -> dict:
         """Read the JSON of the last run; it counts as empty if there is none, or it is unusable."""
         try:
             record = json.loads(self.output("tokenized", "json").read_text(encoding="utf-8"))
+            return record if isinstance(record, dict) else {}
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
             return {}
-        return record if isinstance(record, dict) else {}
 
 
 def refuse_to_lose_rows(job: Job, num_clips: int) -> None:
@@ -1779,22 +1722,19 @@ def refuse_to_lose_rows(job: Job, num_clips: int) -> None:
     """
     if job.settings.overwrite or not job.csv.exists():
         return
-    record, size = job.read_record(), job.csv.stat().st_size
-    differences = []
+    record, differences = job.read_record(), []
     try:
-        settings, num_before = record["settings"], record["total_samples_processed"] + 0
-        if size not in record["csv_bytes"]:
+        settings, num_before = record["settings"], int(record["total_samples_processed"])
+        if job.csv.stat().st_size not in record["csv_bytes"]:
             raise ValueError
         if settings["weights"] == UNTRAINED:
             return
-        for name, value in job.made_with().items():
+        for name, value in job.made_with.items():
             if settings.get(name) != value:
                 differences.append(f"--{name}: {settings.get(name)} -> {value}")
         if num_before > num_clips:
-            differences.append(
-                f"clips with tokens: {num_before} -> {num_clips}; rows would be lost"
-            )
-    except (KeyError, TypeError, ValueError, AttributeError):  # no JSON of ours, or of other rows
+            differences.append(f"{num_before} clips -> {num_clips} clips: rows would be lost")
+    except (KeyError, TypeError, ValueError, AttributeError):
         name = job.output("tokenized", "json").name
         differences = [f"{name} does not describe it: it was edited, or another tool made it"]
     if differences:
@@ -1804,13 +1744,15 @@ def refuse_to_lose_rows(job: Job, num_clips: int) -> None:
         )
 
 
-def rows_of(job: Job) -> Iterator[tuple[Clip, Kept, np.ndarray]]:
-    """Yield the tokenized clips in the table's order: what is kept of each, its rows [R, K, F].
+def rows_of(job: Job) -> Iterator[tuple[Clip, Kept, list[tuple[dict[str, object], np.ndarray]]]]:
+    """Yield the tokenized clips in the table's order: clip, what is kept of it, its rows.
 
-    Raises RunError: what is kept is not of the content that this run has seen.
+    A row is its cells by column, and its codes [K, F]. Raises RunError: what is kept is not of the
+    content that this run has seen.
     """
+    columns = COLUMNS | (CHUNK_COLUMNS if job.settings.aggregate == "none" else {})
     clips = [clip for clip in job.dataset.clips if clip.sha256]
-    for clip in show_progress(clips, f"{job.dataset.stem}: writing"):
+    for clip in show_progress(clips, f"{job.dataset.stem}: writing", delay=2):
         kept = read_kept(job.codes, clip.name)
         if kept is None or kept.sha256 != clip.sha256:
             raise RunError(
@@ -1818,14 +1760,11 @@ def rows_of(job: Job) -> Iterator[tuple[Clip, Kept, np.ndarray]]:
                 "another run has replaced it, or this disk takes two names for one (Kick.wav, "
                 "kick.wav). The same command tries again."
             )
-        yield clip, kept, aggregate(kept, job.settings.aggregate)
-
-
-def row_cells(job: Job, clip: Clip, kept: Kept, row: int) -> dict[str, object]:
-    """Return the cells of a row before its tokens, by column."""
-    columns = COLUMNS | (CHUNK_COLUMNS if job.settings.aggregate == "none" else {})
-    cells = {name: cell(clip, kept, row) for name, cell in columns.items()}
-    return cells | dict(zip(job.dataset.columns, clip.extra))
+        rows, further = [], dict(zip(job.dataset.columns, clip.extra))
+        for row, codes in enumerate(AGGREGATES[job.settings.aggregate](kept)):
+            cells = {name: cell(clip, kept, row) for name, cell in columns.items()}
+            rows.append((cells | further, codes))
+        yield clip, kept, rows
 
 
 @dataclass
@@ -1836,30 +1775,27 @@ class Totals:
     shapes: Counter[tuple[int, ...]] = field(default_factory=Counter)  # (K, F) of the rows
     counts: np.ndarray | int = 0  # [K, 1024]: how often the chunks have each code
 
-    def add(self, clip: Clip, kept: Kept, rows: np.ndarray) -> None:
-        """Count a clip, its rows, and the codes of its chunks; then drop the codes."""
-        self.shapes[rows.shape[1:]] += len(rows)
-        books = kept.codes.swapaxes(0, 1)  # [K, N, F]
-        self.counts += np.array([np.bincount(book.ravel(), minlength=NUM_CODES) for book in books])
-        kept.codes = kept.latent = np.empty(0, np.uint16)
-        self.done.append((clip, kept))
-
 
 def write_csv(job: Job, path: Path) -> Totals:
-    """Write the CSV. Returns the totals; the file is empty if all clips failed."""
+    """Write the CSV, and count what the other outputs say about all clips together."""
     totals, whole = Totals(), job.settings.whole
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         for clip, kept, rows in rows_of(job):
             if not totals.done:
-                names = ["tokens"] if whole else [f"token_{i}" for i in range(rows[0].size)]
-                writer.writerow([*row_cells(job, clip, kept, 0), *names])
-            for row, codes in enumerate(rows):
+                names = [f"token_{i}" for i in range(kept.latent.size)]
+                writer.writerow([*rows[0][0], *(["tokens"] if whole else names)])
+            for cells, codes in rows:
                 tokens = codes.ravel().tolist()
-                if whole:
-                    tokens = [" ".join(map(str, tokens))]
-                writer.writerow([*row_cells(job, clip, kept, row).values(), *tokens])
-            totals.add(clip, kept, rows)
+                writer.writerow(
+                    [*cells.values(), *([" ".join(map(str, tokens))] if whole else tokens)]
+                )
+            totals.shapes[kept.latent.shape] += len(rows)
+            books = kept.codes.swapaxes(0, 1)  # [K, N, F]
+            counts = [np.bincount(book.ravel(), minlength=NUM_CODES) for book in books]
+            totals.counts = totals.counts + np.array(counts)
+            kept.codes = kept.latent = None  # memory
+            totals.done.append((clip, kept))
         file.flush()
         os.fsync(file.fileno())
     return totals
@@ -1873,18 +1809,15 @@ def write_parquet(job: Job, path: Path) -> None:
     kinds = {name: column_type(job.dataset, i) for i, name in enumerate(job.dataset.columns)}
     types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
     writer, lines = None, []
-    for clip, kept, rows in rows_of(job):
-        for row, codes in enumerate(rows):
-            cells = row_cells(job, clip, kept, row)
+    for _, _, rows in rows_of(job):
+        for cells, codes in rows:
             for name, kind in kinds.items():
                 cells[name] = kind(cells[name]) if cells[name] or kind is str else None
-            if writer is None:
-                schema = [
-                    (name, types[kinds.get(name, type(cell))]) for name, cell in cells.items()
-                ]
-                schema.append(("tokens", pa.list_(pa.uint16())))
-                writer = parquet.ParquetWriter(path, pa.schema(schema))
             lines.append(cells | {"tokens": codes.ravel()})
+        if writer is None:
+            schema = [(name, types[kinds.get(name, type(cell))]) for name, cell in cells.items()]
+            schema.append(("tokens", pa.list_(pa.uint16())))
+            writer = parquet.ParquetWriter(path, pa.schema(schema))
         if len(lines) >= 1000:
             writer.write_table(pa.Table.from_pylist(lines, writer.schema))
             lines.clear()
@@ -1895,67 +1828,49 @@ def write_parquet(job: Job, path: Path) -> None:
 def column_type(dataset: Dataset, place: int) -> type:
     """Return int or float if all cells of a further column are such numbers (007 is text)."""
     cells = {clip.extra[place] for clip in dataset.clips} - {""}
-    if cells and all(re.fullmatch(r"0|-?[1-9]\d{0,17}", cell) for cell in cells):
-        return int
     decimal = r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?"
-    return float if cells and all(re.fullmatch(decimal, cell) for cell in cells) else str
+    for kind, pattern in {int: r"0|-?[1-9]\d{0,17}", float: decimal}.items():
+        if cells and all(re.fullmatch(pattern, cell) for cell in cells):
+            return kind
+    return str
 
 
 def summarize(job: Job, totals: Totals) -> dict[str, object]:
     """Collect what the JSON and the text summary say."""
-    done, settings = len(totals.done), job.settings
+    kept, settings = [kept for _, kept in totals.done], job.settings
     shares = totals.counts / totals.counts.sum(axis=1, keepdims=True)
     logs = np.log(np.where(shares > 0, shares, 1))
     lengths = sorted(math.prod(shape) for shape in totals.shapes.elements())
-    audio_s = sum(kept.duration_sec for _, kept in totals.done)
-    num_chunks = sum(len(kept.start_sec) for _, kept in totals.done)
-    missing = [settings.target_duration - kept.duration_sec for _, kept in totals.done]
-    padding = [seconds for seconds in missing if seconds > 0]
-    chunks = {
-        "average_chunks_per_clip": round(num_chunks / done, 2),
-        "padded_clips": len(padding),
-        "average_padding_sec": round(sum(padding) / max(1, len(padding)), 2),
-    }
-    return {
+    seconds = np.array([one.duration_sec for one in kept])
+    padding = np.maximum(0, 0 if settings.whole else settings.target_duration - seconds)
+    on_cpu = settings.device == "cpu"
+    cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    facts = {
         "dataset": job.dataset.stem,
-        "total_samples_processed": done,
+        "total_samples_processed": len(kept),
         "failed_clips": sum(bool(clip.error) for clip in job.dataset.clips),
         "rows": len(lengths),
-        "average_tokens_per_sample": round(sum(lengths) / done, 1),
+        "average_tokens_per_sample": round(sum(lengths) / len(kept), 1),
         "tokens_per_row": {"least": lengths[0], "median": median(lengths), "most": lengths[-1]},
         "tokens_in_all": sum(lengths),
-        "average_duration_sec": round(audio_s / done, 2),
-        "total_duration_sec": round(audio_s, 1),
-        **({} if settings.whole else chunks),
-        "silent_clips": [clip.fname for clip, kept in totals.done if kept.silent],
+        "average_duration_sec": round(seconds.mean(), 2),
+        "total_duration_sec": round(seconds.sum(), 1),
+        "average_chunks_per_clip": round(np.mean([len(one.start_sec) for one in kept]), 2),
+        "padded_clips": int((padding > 0).sum()),
+        "total_padding_sec": round(padding.sum(), 1),
+        "silent_clips": [clip.fname for clip, one in totals.done if one.silent],
         "token_shape_distribution": {str(shape): n for shape, n in totals.shapes.most_common()},
         "codes_in_use_per_codebook": (totals.counts > 0).sum(axis=1).tolist(),
         # This many codes, used equally often, would have the same entropy.
         "perplexity_per_codebook": np.exp(-(shares * logs).sum(axis=1)).round(1).tolist(),
-        "settings": job.made_with() | {"max_duration": settings.max_duration},
+        "settings": job.made_with | {"max_duration": settings.max_duration},
         "weights_file": job.weights_file,
         "device": settings.device,
-        "machine": machine(settings.device),
-        "versions": versions(),
+        "machine": cpu if on_cpu else torch.cuda.get_device_name(settings.device),
+        "versions": {"script": __version__, "libsndfile": sf.__libsndfile_version__},
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of all that decides codes."""
-    found = {"script": __version__, "libsndfile": sf.__libsndfile_version__}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):  # TorchCodec is optional
-            found[package] = version(package)
-    return found
-
-
-def machine(device: str) -> str:
-    """Return the processor's name."""
-    if device != "cpu":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return f"{models[0] if models else 'CPU'}, {torch.backends.cpu.get_cpu_capability()}"
+    facts["versions"] |= {name: version(name) for name in PACKAGES if find_spec(name)}
+    return facts
 
 
 def text_summary(facts: dict[str, object]) -> str:
@@ -1965,41 +1880,36 @@ def text_summary(facts: dict[str, object]) -> str:
         lines += [f"WARNING: untrained weights. {UNTRAINED_WARNING}", ""]
     for name, fact in facts.items():
         label = name.replace("_sec", "_(s)").replace("_", " ").capitalize()
-        if isinstance(fact, dict):
-            lines.append(f"{label}:")
-            items = [f"  {key}: {value}" for key, value in fact.items()]
-            more = [f"  and {len(items) - 15:,} more"] if len(items) > 15 else []
-            lines += items[:15] + more
-        else:
-            items = fact if isinstance(fact, list) else [fact]
-            lines.append(f"{label}: {', '.join(map(str, items)) or 'none'}")
+        if isinstance(fact, list):
+            fact = ", ".join(map(str, fact)) or "none"
+        elif isinstance(fact, dict):
+            items = [f"\n  {key}: {value}" for key, value in fact.items()]
+            more = f"\n  and {len(items) - 15:,} more" if len(items) > 15 else ""
+            fact = "".join(items[:15]) + more
+        lines.append(f"{label}: {fact}")
     return "\n".join(lines) + "\n"
 
 
-def write_outputs(job: Job, num_encoded: int) -> int:
+def write_outputs(job: Job) -> int:
     """Write every output under a temporary name, and rename them when all are complete.
 
     Returns the exit status: 1 if no clip could be tokenized; the old outputs then stay.
     """
-    failures = [(clip.fname, clip.error) for clip in job.dataset.clips if clip.error]
-    failed, folder = job.output("failed", "csv"), job.settings.output_dir
+    clips, failed, folder = job.dataset.clips, job.output("failed", "csv"), job.settings.output_dir
+    failures = [(clip.fname, clip.error) for clip in clips if clip.error]
+    num_done, num_new = len(clips) - len(failures), sum(clip.encoded_s > 0 for clip in clips)
     remove_old(folder, ".unfinished-*")
     folder /= f".unfinished-{uuid.uuid4().hex}"
     folder.mkdir()
     try:
-        with (folder / failed.name).open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([("fname", "error"), *failures])
-        totals = write_csv(job, folder / job.csv.name)
-        if not totals.done:
-            kept = f"{job.csv} stays as it is" if job.csv.exists() else f"all of them: {failed}"
-            if not job.csv.exists():
-                (folder / failed.name).replace(failed)
-            first = ": ".join(failures[0])
-            say(f"error: none of {counted(len(failures), 'clip')} is tokenized. {first}; {kept}")
-            return 1
-        new = write_views(job, totals, folder)
-        refuse_to_lose_rows(job, len(totals.done))  # another run may have finished meanwhile
-        for path in [*new, *([failed] if failures else []), job.csv]:
+        new = write_views(job, folder) if num_done else []
+        if failures and (num_done or not job.csv.exists()):
+            new.insert(1, failed)
+            with (folder / failed.name).open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file, lineterminator="\n").writerows([("fname", "error"), *failures])
+        if num_done:
+            refuse_to_lose_rows(job, num_done)  # another run may have finished meanwhile
+        for path in new:
             if path.parent == folder.parent:
                 (folder / path.name).replace(path)
             else:  # a picture's, perhaps on another disk
@@ -2008,42 +1918,44 @@ def write_outputs(job: Job, num_encoded: int) -> int:
             failed.unlink(missing_ok=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    done, see = len(totals.done), f" (see {failed})" if failures else ""
+    see = f", {len(failures):,} failed (see {failed})" if failures else ", 0 failed"
+    if not num_done:
+        stays = f"; {job.csv} stays as it is" if job.csv.exists() else f"; all reasons: {failed}"
+        say(f"error: no clip of {len(clips):,} is tokenized. {': '.join(failures[0])}{stays}")
+        return 1
     report(
-        f"{job.csv}: {counted(done, 'clip')} tokenized ({num_encoded:,} encoded now, "
-        f"{done - num_encoded:,} already there), {len(failures):,} failed{see}. "
-        f"Summary: {job.output('summary', 'txt')}"
+        f"{job.csv}: {counted(num_done, 'clip')} tokenized ({num_new:,} encoded now, "
+        f"{num_done - num_new:,} already there){see}. Summary: {job.output('summary', 'txt')}"
     )
     return 0
 
 
-def write_views(job: Job, totals: Totals, folder: Path) -> list[Path]:
-    """Write the outputs besides the CSV into a temporary folder. A new output is added here.
+def write_views(job: Job, folder: Path) -> list[Path]:
+    """Write the outputs into a temporary folder; returns where they go. A new one is added here.
 
-    A Parquet file or a picture of an earlier run is brought up to date, too.
-    Returns the final paths, the JSON first.
+    A Parquet file or a picture of an earlier run is brought up to date, too. The JSON comes first
+    and the CSV last: between these two renames, the JSON knows the size of either CSV.
     """
+    totals = write_csv(job, folder / job.csv.name)
     facts = summarize(job, totals)
-    new = [job.output("tokenized", "json"), job.output("summary", "txt")]
-    (folder / new[1].name).write_text(text_summary(facts), encoding="utf-8")
-    # Of the CSV to come, and of the one that it replaces: between the renames, both are ours.
-    facts["csv_bytes"] = [(folder / job.csv.name).stat().st_size]
-    facts["csv_bytes"] += [job.csv.stat().st_size] if job.csv.exists() else []
-    picture = picture_path(job)
+    record, summary = job.output("tokenized", "json"), job.output("summary", "txt")
+    (folder / summary.name).write_text(text_summary(facts), encoding="utf-8")
+    new, picture, parquet = [record, summary], picture_path(job), job.output("tokenized", "parquet")
     if picture:
         new.append(picture)
         write_picture(job, totals, facts, folder / picture.name)
         facts["picture"] = os.path.relpath(picture, job.settings.output_dir)
-    parquet = job.output("tokenized", "parquet")
     if job.settings.parquet or parquet.exists():
         new.append(parquet)
         write_parquet(job, folder / parquet.name)
-    (folder / new[0].name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    return new
+    sizes = [path.stat().st_size for path in (folder / job.csv.name, job.csv) if path.exists()]
+    facts["csv_bytes"] = sizes
+    (folder / record.name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return [*new, job.csv]
 
 
 def remove_old(folder: Path, pattern: str) -> None:
-    """Remove what runs that were killed have left; younger things may belong to a living one."""
+    """Remove what killed runs have left for a day; younger things may belong to a living one."""
     for path in folder.glob(pattern):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > 86_400:
@@ -2085,8 +1997,8 @@ def write_picture(job: Job, totals: Totals, facts: dict, path: Path) -> None:
     done = sorted(totals.done, key=lambda item: item[1].duration_sec)
     with rc_context({"font.size": 8, "axes.titlesize": 8, "pdf.fonttype": 42}):
         figure = Figure(figsize=(7.2, 6.4), layout="constrained")
-        weights = job.weights_file or job.weights
-        figure.suptitle(f"{job.dataset.stem}: {job.codes.name}, {weights}", parse_math=False)
+        title = f"{job.dataset.stem}: {job.codes.name}, {job.weights_file or job.weights}"
+        figure.suptitle(title, parse_math=False)
         panels = figure.subplots(3, 3, height_ratios=(2, 1, 2))
         durations, chunks, books = panels[0]
         durations.hist([kept.duration_sec for _, kept in done], bins=40)
@@ -2094,10 +2006,9 @@ def write_picture(job: Job, totals: Totals, facts: dict, path: Path) -> None:
         counts = Counter(len(kept.start_sec) for _, kept in done)
         chunks.bar(counts.keys(), counts.values())
         chunks.set(xlabel="chunks of a clip", ylabel="clips")
-        for place, name in enumerate(("codes_in_use_per_codebook", "perplexity_per_codebook")):
-            numbers = np.arange(len(facts[name])) + 0.4 * place - 0.2
-            books.bar(numbers, facts[name], 0.4, label=("in use", "perplexity")[place])
-        books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes")
+        for name, label in {"codes_in_use": "in use", "perplexity": "perplexity"}.items():
+            books.plot(facts[f"{name}_per_codebook"], "o", label=label)
+        books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes", ylim=(0, None))
         books.legend(frameon=False)
         for (clip, _), column in zip((done[0], done[(len(done) - 1) // 2], done[-1]), panels[1:].T):
             draw_clip(job, clip, *column)
@@ -2118,10 +2029,10 @@ def draw_clip(job: Job, clip: Clip, wave: Axes, tokens: Axes) -> None:
         wave.plot(np.linspace(0, chunk_s, chunk.shape[1]), chunk[0], color="black", linewidth=0.4)
     except (BadClip, OSError) as reason:
         say(f"note: the picture shows no waveform of {clip.fname}: {reason}")
-    name = f"{clip.fname[:24]}, {kept.duration_sec:.2f} s\n{clip.labels[:30]}"
-    wave.set_title(name, parse_math=False)
+    title = f"{clip.fname[:24]}, {kept.duration_sec:.2f} s\n{clip.labels[:30]}"
+    wave.set_title(title, parse_math=False)
     wave.set(xlim=(0, chunk_s), ylim=(-1, 1), ylabel="full scale")
-    row = aggregate(kept, settings.aggregate)[0]  # [K, F]
+    row = AGGREGATES[settings.aggregate](kept)[0]  # [K, F]
     extent = (0, chunk_s, len(row) - 0.5, -0.5)
     look = {"cmap": "nipy_spectral", "vmin": 0, "vmax": NUM_CODES - 1, "interpolation": "nearest"}
     tokens.imshow(row, aspect="auto", extent=extent, **look)
@@ -2138,23 +2049,31 @@ def run(settings: Settings) -> int:
     torch.set_num_threads(1)  # for every thread: no sum depends on the number of cores
     settings = resolve_device(settings)
     datasets = find_datasets(settings)
-    weights_path = find_weights(settings)
-    model, weights = load_model(settings, weights_path)
-    weights_file = weights_path.name if weights_path else None
-    jobs = [Job(settings, dataset, weights, weights_file) for dataset in datasets]
+    path = find_weights(settings)
+    model, weights = load_model(settings, path)
+    jobs = [Job(settings, dataset, weights, path.name if path else None) for dataset in datasets]
     for job in jobs:
         prepare(job)
     if weights == UNTRAINED:
         warning = f"WARNING: UNTRAINED WEIGHTS. {UNTRAINED_WARNING}"
         say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
     encoder = make_encoder(model, settings)
-    encoded = [encode_dataset(job.dataset, job.codes, encoder) for job in jobs]
-    if RANK > 0:
-        say(
-            f"process {RANK}: {counted(sum(encoded), 'clip')} encoded. Process 0 writes the outputs."
+    clips = [clip for dataset in datasets for clip in dataset.clips]
+    try:
+        for job in jobs:
+            encode_dataset(job.dataset, job.codes, encoder)
+    except (Exception, Interrupted):
+        done = sum(bool(clip.sha256) for clip in clips)
+        state = (
+            f"{done:,} of {counted(len(clips), 'clip')} finished; the same command resumes there"
         )
+        say(state if done else "nothing finished yet; the same command starts again")
+        raise
+    if RANK > 0:
+        encoded = sum(clip.encoded_s > 0 for clip in clips)
+        say(f"process {RANK}: {counted(encoded, 'clip')} encoded. Process 0 writes the outputs.")
         return 0
-    return max(write_outputs(job, count) for job, count in zip(jobs, encoded))
+    return max(write_outputs(job) for job in jobs)
 
 
 def prepare(job: Job) -> None:
@@ -2163,26 +2082,25 @@ def prepare(job: Job) -> None:
     Raises UserError: no file of the dataset is there; a CSV would lose rows (refuse_to_lose_rows);
     the output folder cannot be used.
     """
-    clips, folder = job.dataset.clips, job.codes
-    gone = find_kept(job.dataset, folder, job.settings.max_duration)
-    missing = sum(clip.error.startswith(NO_FILE) for clip in clips)
-    if missing and not any(clip.stamp for clip in clips):
+    clips, output_dir = job.dataset.clips, job.settings.output_dir
+    num_gone = find_kept(job.dataset, job.codes, job.settings.max_duration)
+    num_missing = sum(clip.error.startswith(NO_FILE) for clip in clips)
+    if num_missing and not any(clip.stamp for clip in clips):
         raise UserError(
-            f"no file of {counted(missing, 'clip')} is in {job.dataset.audio_dir}. Is the folder "
-            "mounted, and the right one?"
+            f"no file of {counted(num_missing, 'clip')} is in {job.dataset.audio_dir}: is the "
+            "folder mounted, and the right one?"
         )
-    if gone:
-        say(f"note: the files of {counted(gone, 'clip')} are gone; their codes are still there")
+    if num_gone:
+        say(f"note: the files of {counted(num_gone, 'clip')} are gone; their codes are still there")
     refuse_to_lose_rows(job, sum(not clip.error for clip in clips))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = all(os.access(path, os.W_OK) for path in (job.settings.output_dir, folder))
-        reason = "" if writable else os.strerror(errno.EACCES)
+        job.codes.mkdir(parents=True, exist_ok=True)
+        for folder in (output_dir, job.codes):
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(errno.EACCES, "it is read-only", str(folder))
     except OSError as error:
-        reason = str(error)
-    if reason:
-        raise UserError(f"--output_dir {job.settings.output_dir} cannot be used: {reason}")
-    remove_old(folder, "*.tmp")
+        raise UserError(f"--output_dir {output_dir} cannot be used: {error}") from error
+    remove_old(job.codes, "*.tmp")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2196,8 +2114,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_guarded(settings: Settings) -> int:
     """Call `run`; every error becomes a sentence and an exit status."""
-    # tqdm's own lock is a semaphore, which macOS and Python 3.14 report as leaked.
-    tqdm.set_lock(threading.RLock())
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which macOS reports as leaked
     for name in ("stdout", "stderr"):  # None if they were closed
         stream = getattr(sys, name) or open(os.devnull, "w")
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
@@ -2209,33 +2126,28 @@ def run_guarded(settings: Settings) -> int:
             signal.signal(other, signal.SIG_IGN)
         raise Interrupted(128 + number)
 
-    previous = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         return run(settings)
     except Interrupted as interrupted:
-        say("interrupted")
-        return interrupted.args[0]
-    except UserError as error:
-        status, message = 2, str(error)
-    except RunError as error:
-        status, message = 1, str(error)
+        status, message = interrupted.args[0], "interrupted"
+    except (UserError, RunError) as error:
+        status, message = error.status, f"error: {error}"
     except (MemoryError, torch.OutOfMemoryError) as error:
-        status = 1
-        message = (
-            f"out of memory ({error}). Lower --batch_size (now {settings.batch_size or 'auto'}),"
-        )
-        message += " --workers or --max_duration."
+        reason = str(error).partition(". ")[0]
+        ways_on = "Lower --batch_size, --workers or --max_duration; the same command resumes."
+        status, message = 1, f"error: out of memory: {reason}. {ways_on}"
     except Exception as error:
         if settings.debug:
             traceback.print_exc()
-        status, message = 1, f"{type(error).__name__}: {error} (--debug shows a traceback)"
+        hint = "(--debug shows a traceback)"
+        status, message = 1, f"error: {type(error).__name__}: {error} {hint}"
     finally:
         torch.set_num_threads(THREADS)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    say(f"error: {message}")
+    say(message)
     return status
 
 
