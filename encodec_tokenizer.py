@@ -177,14 +177,6 @@ class Settings:
         for mistake in find_mistakes(self):
             raise UserError(mistake)
 
-    @property
-    def chunk_samples(self) -> int:
-        return round(self.target_duration * MODELS[self.model].sample_rate)
-
-    @property
-    def hop_samples(self) -> int:
-        return round(self.chunk_samples * (1 - self.overlap))
-
 
 CHOICES = {"dataset": STEMS, "model": MODELS, "aggregate": AGGREGATES}
 RANGES = {  # both ends are allowed
@@ -327,25 +319,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def encoding_threads() -> int:
-    """Count the cores that this process may use: its affinity, its container's quota, its share.
-
-    torchrun sets OMP_NUM_THREADS to 1 unless the user has set it: each process then takes an equal
-    share of the node.
-    """
-    wished = environment_number("OMP_NUM_THREADS", 0)
-    if wished > 1 or (wished == 1 and WORLD_SIZE == 1):
-        return wished
+# Threads that encode on a CPU: this process's share of the cores that its affinity and its
+# container's quota allow. torchrun sets OMP_NUM_THREADS to 1 unless the user has set it.
+THREADS = environment_number("OMP_NUM_THREADS", 0)
+if THREADS < 1 or (THREADS == 1 and WORLD_SIZE > 1):
     affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     cores = len(affinity(0))
-    with suppress(OSError, ValueError):
-        # cgroup v2: microseconds of CPU time in a period, or "max"
+    with suppress(OSError, ValueError):  # cgroup v2: microseconds of a period, or "max"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(1, cores // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
-
-
-THREADS = encoding_threads()
+    THREADS = max(1, cores // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
 
 
 def resolve_device(settings: Settings) -> Settings:
@@ -369,16 +352,17 @@ def resolve_device(settings: Settings) -> Settings:
                 raise UserError(f"--device {settings.device} cannot be used: {reason}") from error
             say(f"note: this PyTorch cannot use the GPU, so the CPU does the work: {reason}")
             device = "cpu"
-    # In seconds of audio, so that long chunks take no more memory than short ones. On a CPU, see
-    # CpuEncoder; a GPU takes all that a group holds.
+    # Batches are counted in seconds of audio, so that long chunks take no more memory. On a CPU, see
+    # CpuEncoder; a GPU takes all that a group holds. Whole clips: the 48 kHz model cuts them into
+    # segments of 1 s, and at 24 kHz only clips of one length share a batch, which is rare.
     batch_s, workers = (8, 2) if device == "cpu" else (GROUP_SECONDS, 8)
-    segment_s = settings.target_duration
-    if settings.whole:  # at 48 kHz, the model's own segments of 1 s; on CUDA, clips of one length
-        segment_s = 2 if settings.model == "encodec_48khz" else batch_s if device == "cpu" else 4
+    batch_size = max(1, round(batch_s / settings.target_duration))
+    if settings.whole and settings.model == "encodec_24khz":
+        batch_size = 1 if device == "cpu" else GROUP_CLIPS
     return replace(
         settings,
         device=device,
-        batch_size=settings.batch_size or max(1, round(batch_s / segment_s)),
+        batch_size=settings.batch_size or batch_size,
         workers=settings.workers or workers,
     )
 
@@ -912,8 +896,12 @@ def split_chunks(audio: torch.Tensor, settings: Settings) -> tuple[list[int], li
     """
     if settings.whole:
         return [0], [audio]
-    length, chunk = audio.shape[1], settings.chunk_samples
-    starts = list(range(0, max(1, length - chunk + 1), settings.hop_samples))
+    length, chunk = (
+        audio.shape[1],
+        round(settings.target_duration * MODELS[settings.model].sample_rate),
+    )
+    hop = round(chunk * (1 - settings.overlap))
+    starts = list(range(0, max(1, length - chunk + 1), hop))
     if starts[-1] + chunk < length:
         starts.append(length - chunk)
     audio = F.pad(audio, (0, max(0, chunk - length)))
@@ -1076,8 +1064,7 @@ def untrained_model(name: str) -> EncodecModel:
 # -------------------------------------------------------------------------------------------- codes
 
 
-def has_avx512() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def elu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -1087,7 +1074,7 @@ def elu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     Linux with AVX-512, NumPy's expm1 is Intel's SVML, which is faster than torch's exp.
     """
     out = torch.clamp(x, max=0, out=out)
-    if has_avx512() and sys.platform == "linux":
+    if AVX512 and sys.platform == "linux":
         np.expm1(out.numpy(), out=out.numpy())
     else:
         out.exp_().sub_(1)
@@ -1096,7 +1083,7 @@ def elu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """F.linear; oneDNN computes it on CPUs with AVX-512, which MKL, the default, ignores on AMD."""
-    if has_avx512() and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if AVX512 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -1155,57 +1142,46 @@ class Encoder:
             yield codes, torch.cat([latents[place] for _, latents, place in results], dim=1)
 
     def segments(self, chunk: torch.Tensor) -> list[torch.Tensor]:
-        """Cut a chunk [C, T] as the model itself does; the codes of its segments follow each other.
+        """Cut a chunk [C, T] as EncodecModel.encode does; the codes of its segments follow each other.
 
         The 24 kHz model takes it in one piece, the 48 kHz model in segments of 1 s that overlap by
-        1 % (EncodecModel.encode).
+        1 %, each divided by its loudness.
         """
         length = self.model.segment_length or chunk.shape[1]
         starts = range(0, chunk.shape[1], self.model.segment_stride or length)
-        return [chunk[:, start : start + length] for start in starts]
+        segments = [chunk[:, start : start + length] for start in starts]
+        if not self.model.normalize:
+            return segments
+        return [s / (1e-8 + s.mean(dim=0).pow(2).mean().sqrt()) for s in segments]
 
-    @torch.inference_mode()
     def convolve(self, segment: torch.Tensor) -> torch.Tensor:
-        """Divide a segment [C, T] by its loudness, as EncodecModel does, and prepare it."""
-        if self.model.normalize:
-            mono = segment.mean(dim=0, keepdim=True)
-            segment = segment / (1e-8 + mono.pow(2).mean(dim=1, keepdim=True).sqrt())
-        return self.convolutions(segment)
+        return segment  # a GPU convolves whole batches
+
+    def latents(self, convolved: list[torch.Tensor]) -> torch.Tensor:
+        """Turn the results of `convolve` for B segments into the encoder's output [B, D, F]."""
+        return self.model.encoder(torch.stack(convolved))
 
     @torch.inference_mode()
     def quantize_batch(self, convolved: list[Future]) -> tuple[np.ndarray, torch.Tensor]:
-        """Turn the results of `convolve` for B segments of one length into codes and latents.
-
-        Returns codes [B, K, F], uint16, and latents [B, D, F], on the CPU.
-        """
+        """Return the codes [B, K, F] and the latents [B, D, F] of B segments of one length."""
         latents = self.latents([future.result() for future in convolved])
         return self.quantize(latents), latents.cpu()
-
-    def convolutions(self, segment: torch.Tensor) -> torch.Tensor:
-        return segment  # a GPU takes them in batches, with the rest of the encoder
-
-    def latents(self, segments: list[torch.Tensor]) -> torch.Tensor:
-        """Turn the results of `convolutions` for B segments into the encoder's output [B, D, F]."""
-        return self.model.encoder(torch.stack(segments))
 
     @torch.inference_mode()
     def quantize(self, latents: torch.Tensor) -> np.ndarray:
         """[B, D, F] -> codes [B, K, F]: the nearest code to what the codebooks before it left."""
         rows = latents.transpose(1, 2).reshape(-1, latents.shape[1])  # [B * F, D]
         rows = rows.to(self.codebooks[0][0].device)
-        codes = torch.cat([self.nearest(part) for part in rows.split(8192)], dim=1)  # [K, B * F]
-        codes = codes.view(len(codes), len(latents), -1).transpose(0, 1)
+        parts = []
+        for residual in rows.split(8192):
+            codes = []
+            for book, doubled, minus_squared in self.codebooks:
+                # |x - e|^2 is least where 2 x.e - |e|^2 is greatest.
+                codes.append(linear(residual, doubled, minus_squared).max(dim=1).indices)
+                residual = residual - book[codes[-1]]
+            parts.append(torch.stack(codes))
+        codes = torch.cat(parts, dim=1).view(len(self.codebooks), len(latents), -1).transpose(0, 1)
         return codes.cpu().numpy().astype(np.uint16)
-
-    def nearest(self, residual: torch.Tensor) -> torch.Tensor:
-        """[R, D] -> [K, R]"""
-        codes = []
-        for book, doubled, minus_squared in self.codebooks:
-            # |x - e|^2 is least where 2 x.e - |e|^2 is greatest.
-            nearest = linear(residual, doubled, minus_squared).max(dim=1).indices
-            residual = residual - book[nearest]
-            codes.append(nearest)
-        return torch.stack(codes)
 
 
 # The last `left` frames [left, C] of each convolution's input, for the next piece of the audio.
@@ -1253,7 +1229,7 @@ class FastConv:
         return padded
 
     def __call__(self, x: torch.Tensor, tails: Tails) -> torch.Tensor:
-        """[T, C] -> [ceil(T / stride), C']; `tails`: see CpuEncoder.convolutions."""
+        """[T, C] -> [ceil(T / stride), C']; `tails`: see CpuEncoder.convolve."""
         if self.kernel == 1:
             y = linear(elu(x) if self.after_elu else x, self.weight, self.bias)
         elif self.kernel == 2 * self.stride:
@@ -1306,7 +1282,8 @@ class CpuEncoder(Encoder):
         # EnCodec's own module: it rounds less over 3,584 terms a sum, and costs little.
         self.last = model.encoder.model[-1]
 
-    def convolutions(self, segment: torch.Tensor) -> torch.Tensor:
+    @torch.inference_mode()
+    def convolve(self, segment: torch.Tensor) -> torch.Tensor:
         """Turn [C, T] into the LSTM's input [F, 512].
 
         A causal model takes pieces of 50 frames or more, which fit the cache and need no more
@@ -1323,16 +1300,16 @@ class CpuEncoder(Encoder):
             pieces.append(y)
         return torch.cat(pieces)
 
-    def latents(self, segments: list[torch.Tensor]) -> torch.Tensor:
+    def latents(self, convolved: list[torch.Tensor]) -> torch.Tensor:
         """Turn B convolved segments [F, 512] of one length into the encoder's output [B, D, F]."""
-        num_frames, fill = len(segments[0]), self.settings.batch_size - len(segments)
-        x, state = segments[0].new_empty(len(segments), 512, num_frames), None
+        num_frames, fill = len(convolved[0]), self.settings.batch_size - len(convolved)
+        x, state = convolved[0].new_empty(len(convolved), 512, num_frames), None
         for at in range(0, num_frames, self.lstm_frames):
             part = slice(at, at + self.lstm_frames)
-            piece = torch.stack([segment[part] for segment in segments], dim=1)  # [F, B, 512]
+            piece = torch.stack([segment[part] for segment in convolved], dim=1)  # [F, B, 512]
             piece = F.pad(piece, (0, 0, 0, fill))
             y, state = self.lstm(piece, state)
-            x[:, :, part] = elu(y.add_(piece)).permute(1, 2, 0)[: len(segments)]
+            x[:, :, part] = elu(y.add_(piece)).permute(1, 2, 0)[: len(convolved)]
         return torch.cat([self.last(one[None]) for one in x])
 
 
@@ -1857,7 +1834,7 @@ def summarize(job: Job, totals: Totals) -> dict[str, object]:
         "total_duration_sec": round(seconds.sum(), 1),
         "average_chunks_per_clip": round(np.mean([len(one.start_sec) for one in kept]), 2),
         "padded_clips": int((padding > 0).sum()),
-        "total_padding_sec": round(padding.sum(), 1),
+        "total_padding_sec": round(float(padding.sum()), 1),
         "silent_clips": [clip.fname for clip, one in totals.done if one.silent],
         "token_shape_distribution": {str(shape): n for shape, n in totals.shapes.most_common()},
         "codes_in_use_per_codebook": (totals.counts > 0).sum(axis=1).tolist(),
