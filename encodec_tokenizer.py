@@ -148,9 +148,7 @@ class Settings:
     dataset: Annotated[str, "clips to tokenize; sample: twelve bundled ones"] = "curated"
     metadata: Annotated[Path | None, "CSV to read instead of --dataset"] = None
     audio_dir: Annotated[Path | None, "folder of --metadata's files; alone: all files in it"] = None
-    input_dir: Annotated[Path, "folder of FSDKaggle2019, as Kaggle or Zenodo has it"] = Path(
-        "input"
-    )
+    input_dir: Annotated[Path, "folder of FSDKaggle2019, as unpacked"] = Path("input")
     output_dir: Annotated[Path, "folder to save the outputs in"] = Path("work/tokenized")
     model: Annotated[str, "24 kHz mono or 48 kHz stereo"] = "encodec_24khz"
     bandwidth: Annotated[float, "kbps: 1.5 (24 kHz only), 3, 6, 12 or 24"] = 6.0
@@ -256,23 +254,17 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
             options = {"nargs": "?", "const": "", "metavar": "FILE"}
         elif name in CHOICES:
             options = {"choices": CHOICES[name]}
-        default = getattr(Settings, name)
-        parser.add_argument(
-            f"--{name}", help=f"{text} (default: {default})" if default else text, **options
-        )
+        if getattr(Settings, name):
+            text += f" (default: {getattr(Settings, name)})"
+        parser.add_argument(f"--{name}", help=text, **options)
     words = sys.argv[1:] if argv is None else argv
     words = [
-        re.sub("^--[a-z-]+", lambda flag: f"--{flag[0][2:].replace('-', '_')}", word)
-        for word in words
+        re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), w) for w in words
     ]
     given, unknown = parser.parse_known_args(words)
-    if unknown:
-        close = difflib.get_close_matches(
-            unknown[0], [f"--{name}" for name in describe_settings()], 1
-        )
-        parser.error(
-            f"unknown argument {unknown[0]}" + "".join(f"; did you mean {flag}?" for flag in close)
-        )
+    for word in unknown:
+        close = difflib.get_close_matches(word, [f"--{name}" for name in vars(Settings())], 1)
+        parser.error(f"unknown argument {word}" + (f"; did you mean {close[0]}?" if close else ""))
     if "dataset" in given and "audio_dir" in given:
         parser.error("--dataset and --audio_dir each name a set of clips: give one of them")
     try:
@@ -352,7 +344,7 @@ def resolve_device(settings: Settings) -> Settings:
                 raise UserError(f"--device {settings.device} cannot be used: {reason}") from error
             say(f"note: this PyTorch cannot use the GPU, so the CPU does the work: {reason}")
             device = "cpu"
-    # Batches are counted in seconds of audio, so that long chunks take no more memory. On a CPU, see
+    # Batches are counted in seconds of audio, so that long chunks take no more memory. On a CPU see
     # CpuEncoder; a GPU takes all that a group holds. Whole clips: the 48 kHz model cuts them into
     # segments of 1 s, and at 24 kHz only clips of one length share a batch, which is rare.
     batch_s, workers = (8, 2) if device == "cpu" else (GROUP_SECONDS, 8)
@@ -465,13 +457,9 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
         patterns = (name, f"*/{name}", f"*/*/{name}")
         return [path for pattern in patterns for path in sorted(settings.input_dir.glob(pattern))]
 
-    layouts = {
-        "sample_submission.csv" if stem == "test" else f"{stem}.csv": (
-            stem,
-            stem.replace("train_", "trn_"),
-        ),
-        f"{stem}_post_competition.csv": (f"FSDKaggle2019.audio_{stem}",),
-    }
+    kaggle_table = "sample_submission.csv" if stem == "test" else f"{stem}.csv"
+    layouts = {kaggle_table: [stem, stem.replace("train_", "trn_")]}
+    layouts[f"{stem}_post_competition.csv"] = [f"FSDKaggle2019.audio_{stem}"]
     found = []
     for table_name, folder_names in layouts.items():
         folders = [path for name in folder_names for path in search(name) if path.is_dir()]
@@ -584,9 +572,7 @@ def find_file(clip: Clip, dataset: Dataset) -> None:
 def name_below(folder: Path, fname: str) -> str:
     """Return a clip's name as a normal path below a folder. Raises BadClip: it is none."""
     if not fname.strip() or "\0" in fname:
-        raise BadClip(
-            "the name is empty" if "\0" not in fname else "the name holds a NUL character"
-        )
+        raise BadClip("the name is empty, or holds a NUL character")
     for root in (os.path.abspath(folder), os.path.realpath(folder)):
         path = os.path.normpath(os.path.join(root, fname))
         if path.startswith(os.path.join(root, "")):
@@ -604,16 +590,11 @@ def look_at(path: Path) -> Stamp:
     except OSError as error:
         if error.errno not in CLIP_ERRNOS:
             raise
-        reason = f"cannot be opened: {error.strerror}"
-        if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            reason = NO_FILE
-        elif error.errno == errno.ENAMETOOLONG:
-            reason = "the name is too long for this file system"
-        raise BadClip(reason) from error
+        is_missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
+        raise BadClip(NO_FILE if is_missing else f"cannot be opened: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise BadClip(
-            "a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file"
-        )
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise BadClip(f"{kind}, not a file")
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -1142,7 +1123,7 @@ class Encoder:
             yield codes, torch.cat([latents[place] for _, latents, place in results], dim=1)
 
     def segments(self, chunk: torch.Tensor) -> list[torch.Tensor]:
-        """Cut a chunk [C, T] as EncodecModel.encode does; the codes of its segments follow each other.
+        """Cut a chunk [C, T] as EncodecModel.encode does; its segments' codes follow each other.
 
         The 24 kHz model takes it in one piece, the 48 kHz model in segments of 1 s that overlap by
         1 %, each divided by its loudness.
@@ -1558,7 +1539,7 @@ def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
 def encode_clips(
     loaded: list[tuple[Clip, Kept, list[torch.Tensor]]], folder: Path, encoder: Encoder
 ) -> None:
-    """Encode clips from load_clip together, and keep their codes. Raises OSError: see write_kept."""
+    """Encode clips of load_clip together, and keep their codes. Raises OSError: see write_kept."""
     encoded = encoder.encode([chunk for _, _, chunks in loaded for chunk in chunks])
     for clip, kept, chunks in loaded:
         codes, latents = zip(*(next(encoded) for _ in chunks))
