@@ -180,10 +180,10 @@ CHOICES = {"dataset": STEMS, "model": MODELS, "aggregate": AGGREGATES}
 RANGES = {  # both ends are allowed
     "target_duration": (0.1, 60),
     "overlap": (0, 0.9),
-    "max_duration": (0.1, 1e6),
-    "batch_size": (1, 1e9),
+    "max_duration": (0.1, 10**6),
+    "batch_size": (1, 10**9),
     "workers": (1, 1000),
-    "max_samples": (1, 1e9),
+    "max_samples": (1, 10**9),
 }
 DECIDE_CODES = ("model", "bandwidth", "whole", "target_duration", "overlap")
 CHUNK_SETTINGS = ("target_duration", "overlap", "aggregate")  # without a meaning for whole clips
@@ -207,7 +207,7 @@ def find_mistakes(settings: Settings) -> Iterator[str]:
     for name, (low, high) in RANGES.items():
         value = getattr(settings, name)
         if value is not None and not low <= value <= high:  # NaN is in no range
-            yield f"--{name}: {value} is out of range ({low} to {high:g})"
+            yield f"--{name}: {value} is out of range ({low} to {high:,})"
     offered = MODELS[settings.model].bandwidths_kbps
     if settings.bandwidth not in offered:
         yield f"--bandwidth: {settings.model} offers {', '.join(map(str, offered))} kbps"
@@ -1879,7 +1879,8 @@ def write_outputs(job: Job) -> int:
     see = f", {len(failures):,} failed (see {failed})" if failures else ", 0 failed"
     if not num_done:
         stays = f"; {job.csv} stays as it is" if job.csv.exists() else f"; all reasons: {failed}"
-        say(f"error: no clip of {len(clips):,} is tokenized. {': '.join(failures[0])}{stays}")
+        none = f"error: none of {counted(len(clips), 'clip')} could be tokenized"
+        say(f"{none}. {': '.join(failures[0])}{stays}")
         return 1
     report(
         f"{job.csv}: {counted(num_done, 'clip')} tokenized ({num_new:,} encoded now, "

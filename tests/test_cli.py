@@ -17,7 +17,7 @@ from encodec_tokenizer import Settings, UserError, parse_settings, resolve_devic
 SCRIPT = str(ROOT / "encodec_tokenizer.py")
 
 
-def script_beside(folder, *args, **environment) -> list:
+def script_beside(folder, *args, **environment) -> dict:
     """What subprocess takes to start the script, with the modules of a folder before all others."""
     env = {"PYTHONPATH": str(folder), "PATH": os.environ["PATH"], **environment}
     return {"args": [sys.executable, SCRIPT, *args], "env": env, "text": True}
@@ -39,19 +39,19 @@ def test_defaults_are_those_of_the_contract():
     assert settings.plot is None and not settings.parquet
 
 
-@pytest.mark.parametrize("target, overlap, hop", [(2.0, 0.1, 43_200), (3.0, 0.5, 36_000)])
-def test_chunk_and_hop_are_rounded_to_samples(target, overlap, hop):
-    settings = parse_settings(["--target_duration", str(target), "--overlap", str(overlap)])
-    assert (settings.chunk_samples, settings.hop_samples) == (round(target * 24_000), hop)
+def test_hyphens_are_understood_as_underscores():
+    settings = parse_settings(["--max-samples=3", "--output-dir", "a-b", "--weights=c-d"])
+    assert (settings.max_samples, str(settings.output_dir)) == (3, "a-b")
+    assert settings.weights == "c-d"
 
 
 MISTAKES = [
     (["--bandwidth", "7"], "encodec_24khz offers 1.5, 3, 6, 12, 24 kbps"),
     (["--bandwidth", "1.5", "--model", "encodec_48khz"], "encodec_48khz offers 3, 6, 12, 24"),
-    (["--target_duration", "0"], "0 is out of range: from 0.1 to 60"),
+    (["--target_duration", "0"], "0.0 is out of range (0.1 to 60)"),
     (["--target_duration", "nan"], "nan is out of range"),
     (["--target_duration", "two"], "invalid float value: 'two'"),
-    (["--overlap", "1.0"], "1.0 is out of range: from 0 to 0.9"),
+    (["--overlap", "1.0"], "1.0 is out of range (0 to 0.9)"),
     (["--overlap", "-0.1"], "-0.1 is out of range"),
     (["--max_samples", "0"], "0 is out of range"),
     (["--batch_size", "-4"], "-4 is out of range"),
@@ -59,14 +59,13 @@ MISTAKES = [
     (["--dataset", "other"], "invalid choice: 'other'"),
     (["--aggregate", "median"], "invalid choice: 'median'"),
     (["--device", "tpu"], "choose from auto, cpu, cuda, cuda:N"),
-    (["--input-dir", "x"], "unrecognized arguments: --input-dir"),
-    (["--whole", "--aggregate", "mean"], "--aggregate has no meaning with --whole"),
-    (["--overlap", "0.1", "--whole"], "--overlap has no meaning with --whole"),
-    (["--whole", "--target_duration", "2.0"], "--target_duration has no meaning with --whole"),
-    (["--dataset", "test", "--audio_dir", "x"], "name two sets of clips; give one of them"),
+    (["--max_sample", "3"], "unknown argument --max_sample; did you mean --max_samples?"),
+    (["extra"], "unknown argument extra"),
+    (["--whole", "--aggregate", "none"], "--aggregate has no meaning with --whole"),
+    (["--overlap", "0.2", "--whole"], "--overlap has no meaning with --whole"),
+    (["--plot", "picture.gif"], "must end in .png, .pdf or .svg"),
+    (["--dataset", "test", "--audio_dir", "x"], "each name a set of clips: give one of them"),
     (["--metadata", "clips.csv"], "--metadata needs --audio_dir"),
-    (["--metadata", str(ROOT)], f"is a folder. Name a CSV, or * --audio_dir {ROOT}"),
-    (["--metadata", str(ROOT), "--audio_dir", "x"], "is a folder. Name a CSV"),
 ]
 
 
@@ -76,8 +75,8 @@ def test_a_mistake_ends_in_one_sentence_and_status_2(args, says, capsys):
         parse_settings(args)
     assert stop.value.code == 2
     out, err = capsys.readouterr()
-    assert all(part in err for part in says.split("*")) and "usage" not in err
-    assert out == "" and len(err.splitlines()) <= 2
+    assert says in err and "usage" not in err
+    assert out == "" and err.count("\n") == 2
 
 
 @pytest.mark.parametrize("flag, package", [("--plot", "matplotlib"), ("--parquet", "pyarrow")])
@@ -135,130 +134,44 @@ def test_help_shows_every_flag_with_its_default_and_examples(capsys):
         parse_settings(["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    _, *helps = re.split(r" --(?=\w+ )", text.partition("options:")[2].partition("examples:")[0])
-    helps = dict(part.split(" ", 1) for part in helps)
-    assert set(helps) >= {setting.name for setting in fields(Settings)}
     for setting in fields(Settings):
+        assert f"--{setting.name} " in text
         if setting.default not in (None, False):
-            assert f"(default: {setting.default})" in helps[setting.name]
-        if setting.name in ("batch_size", "workers", "max_samples"):
-            assert "(default: " in helps[setting.name]
+            assert f"(default: {setting.default})" in text
     assert "python encodec_tokenizer.py --dataset sample" in text
-
-
-@pytest.mark.parametrize("setting", fields(Settings), ids=lambda setting: setting.name)
-def test_a_help_text_starts_with_what_the_flag_does(setting):
-    """So that no text is a fragment that begins with an article or a question word."""
-    other = "an?|the|any|all|what|where|whether|which|how|of|for|if|only"
-    assert not re.match(rf"({other})\b", setting.metadata["help"], re.IGNORECASE)
-
-
-def test_the_untrained_banner_is_not_printed_before_a_refusal(run):
-    flags = ["--dataset", "sample", "--max_samples", "1", "--target_duration", "0.5"]
-    status, _, err = run(*flags)
-    assert status == 0 and "UNTRAINED WEIGHTS" in err
-    status, _, err = run(*flags, "--bandwidth", "3")
-    assert status == 2 and "--bandwidth: 6.0 -> 3.0" in err and "UNTRAINED" not in err
 
 
 # ----------------------------------------------------------------------- before PyTorch is there
 
 
-def without(folder, missing, *args):
-    """The script in a process where importing the package `missing` fails.
-
-    The others are empty shells, so that this takes no seconds.
-    """
-    (folder / "sitecustomize.py").write_text(
-        f"""
-import sys, types
-from importlib.machinery import ModuleSpec
-
-PACKAGES = "torch torchaudio encodec numpy tqdm soundfile".split()
-
-class Shell(types.ModuleType):
-    __path__ = []
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return type(name, (), {{}})
-
-class Shells:
-    def find_spec(self, name, path=None, target=None):
-        package = name.partition(".")[0]
-        if package == {missing!r}:
-            raise ModuleNotFoundError(f"No module named {{package!r}}", name=package)
-        return ModuleSpec(name, self, is_package=True) if package in PACKAGES else None
-    def create_module(self, spec):
-        return Shell(spec.name)
-    def exec_module(self, module):
-        pass
-
-sys.meta_path.insert(0, Shells())
-"""
-    )
-    return run_beside(folder, *args)
-
-
-REQUIREMENTS = [
-    line.split(">")[0].strip()
-    for line in (ROOT / "requirements.txt").read_text().splitlines()
-    if line and not line.startswith("#")
-]
-
-
-@pytest.mark.parametrize("package", [name for name in REQUIREMENTS if name != "pandas"])
-def test_a_missing_package_is_one_sentence_and_the_way_on(package, tmp_path):
-    done = without(tmp_path, package, "--dataset", "sample")
-    assert done.returncode == 1
-    assert f"No module named '{package}'" in done.stderr
-    assert package in done.stderr.partition("pip install")[2]
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("args", [["--help"], ["--version"], *(args for args, _ in MISTAKES[-5:])])
-def test_help_and_mistakes_are_answered_before_torch_is_imported(args, tmp_path):
-    """Which takes seconds."""
-    (tmp_path / "torch.py").write_text("import os; os._exit(99)")
-    done = run_beside(tmp_path, *args)
-    if args == ["--version"]:
-        assert done.stdout == f"{encodec_tokenizer.__version__}\n"
-    assert done.returncode == (2 if len(args) > 1 else 0), done.stderr
-    assert bool(done.stdout) != bool(done.stderr)
-
-
-PAIRS = {  # the installed torch -> the line that mends it
-    "2.9.1": "torchaudio==2.9.1",
-    "2.9.1+cu126": "torchaudio==2.9.1",
-    "2.13.0+cpu": '--force-reinstall "torch>=2.11,<2.15" "torchaudio>=2.11,<2.12"',
-    "2.11.0": '--upgrade "torch>=2.11,<2.15" "torchaudio>=2.11,<2.12"',
-    "2.15.0": '--upgrade "torch>=2.11,<2.15" "torchaudio>=2.11,<2.12"',
-}
-
-
-@pytest.mark.parametrize("version, line", PAIRS.items(), ids=PAIRS)
-def test_the_line_mends_the_pair_that_is_installed(version, line):
-    assert encodec_tokenizer.mending(version, is_missing=False) == line
+def test_a_missing_package_is_one_sentence_and_the_way_on(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
+    done = run_beside(tmp_path, "--dataset", "sample")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "No module named 'torch'" in done.stderr
+    assert "pip install -r requirements.txt" in done.stderr
 
 
 def test_torchaudio_of_another_torch_is_explained(tmp_path):
     (tmp_path / "torchaudio.py").write_text(
         "raise OSError('Could not load this library') from OSError('undefined symbol: x')"
     )
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--dataset", "sample"],
-        capture_output=True,
-        text=True,
-        env={"PYTHONPATH": str(tmp_path), "PATH": os.environ["PATH"]},
-    )
-    assert done.returncode == 1
-    assert "Could not load this library (undefined symbol: x)" in done.stderr
-    assert "'torch': '2." in done.stderr and "'torchaudio': '2." in done.stderr
-    assert "  pip install --" in done.stderr or "  pip install torchaudio==2." in done.stderr
-    assert "Traceback" not in done.stderr
+    done = run_beside(tmp_path, "--dataset", "sample")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "Could not load this library" in done.stderr and "undefined symbol: x" in done.stderr
+    assert "pip install -r requirements.txt" in done.stderr
 
 
-def test_ctrl_c_while_python_imports_ends_in_one_line(tmp_path):
+@pytest.mark.parametrize("args", [["--help"], ["--version"], MISTAKES[0][0], MISTAKES[-1][0]])
+def test_help_and_mistakes_are_answered_before_torch_is_imported(args, tmp_path):
+    """Which takes seconds."""
+    (tmp_path / "torch.py").write_text("import os; os._exit(99)")
+    done = run_beside(tmp_path, *args)
+    assert done.returncode == (2 if len(args) > 1 else 0), done.stderr
+    assert bool(done.stdout) != bool(done.stderr)
+
+
+def test_ctrl_c_while_python_imports_ends_without_a_traceback(tmp_path):
     (tmp_path / "torch.py").write_text("import time; print('here', flush=True); time.sleep(60)")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(**script_beside(tmp_path, "--dataset", "sample"), **pipes)
@@ -268,14 +181,13 @@ def test_ctrl_c_while_python_imports_ends_in_one_line(tmp_path):
         _, err = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert err == "interrupted before the run began\n"
+    assert process.returncode == -signal.SIGINT and err == ""
 
 
 NAME = "CUBLAS_WORKSPACE_CONFIG"
 
 
-@pytest.mark.parametrize("given, expected", [({}, ":4096:2"), ({NAME: ":16:8"}, ":16:8")])
+@pytest.mark.parametrize("given, expected", [({}, ":16:8"), ({NAME: ":4096:8"}, ":4096:8")])
 def test_cublas_is_deterministic_unless_the_user_has_a_say(given, expected, tmp_path):
     """PyTorch's page on torch.nn.LSTM asks for it. It has to be there before CUDA starts."""
     (tmp_path / "torch.py").write_text(f"import os, sys; sys.exit(os.environ[{NAME!r}])")
@@ -283,11 +195,9 @@ def test_cublas_is_deterministic_unless_the_user_has_a_say(given, expected, tmp_
     assert done.stderr == f"{expected}\n"
 
 
-@pytest.mark.parametrize("rank", [-1, 2])
-def test_a_rank_outside_the_world_is_refused(rank, monkeypatch, capsys):
+@pytest.mark.parametrize("rank, size", [("2", "2"), ("x", "2"), ("0", "zero"), ("-1", "2")])
+def test_a_rank_outside_the_world_is_refused(rank, size, tmp_path):
     """Nobody would write the CSV of a Slurm array that counts from 1."""
-    monkeypatch.setattr(encodec_tokenizer, "RANK", rank)
-    monkeypatch.setattr(encodec_tokenizer, "WORLD_SIZE", 2)
-    with pytest.raises(SystemExit) as stop:
-        parse_settings([])
-    assert stop.value.code == 2 and "ranks count from 0" in capsys.readouterr().err
+    done = run_beside(tmp_path, "--dataset", "sample", RANK=rank, WORLD_SIZE=size)
+    assert done.returncode == 2 and done.stderr.count("\n") == 2
+    assert re.search(f"RANK={rank} and WORLD_SIZE={size}: RANK counts from 0", done.stderr)
