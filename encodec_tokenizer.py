@@ -50,7 +50,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
@@ -229,22 +229,18 @@ def find_mistakes(settings: Settings) -> Iterator[str]:
         yield f"{' and '.join(given)}: RANK counts from 0 to WORLD_SIZE - 1"
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        """Print one sentence and exit with status 2; argparse would print the usage first."""
-        self.exit(2, f"error: {message}\n--help lists all flags.\n")
-
-
 def parse_settings(argv: list[str] | None = None) -> Settings:
     """Read the command line (default: the process's own). A mistake ends in exit status 2."""
     description, examples, _ = __doc__.split("\n\n", 2)
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # Settings holds the defaults
         allow_abbrev=False,
     )
+    # One sentence; argparse would print the usage before it.
+    parser.error = lambda text: parser.exit(2, f"error: {text}\n--help lists all flags.\n")
     parser.add_argument("--version", action="version", version=__version__)
     for name, (kind, text) in describe_settings().items():
         options = {"type": kind, "metavar": kind.__name__.upper()}
@@ -419,10 +415,7 @@ class Dataset:
 
 
 def find_datasets(settings: Settings) -> list[Dataset]:
-    """Find the datasets that the command names, and their clips' files.
-
-    Raises UserError: see find_dataset, read_clips, list_folder.
-    """
+    """Find the datasets that the command names, and their clips' files. Raises UserError."""
     if settings.metadata:
         columns, clips = read_clips(settings.metadata, settings, keep_extra=True)
         datasets = [Dataset(settings.metadata.stem, settings.audio_dir, columns, clips)]
@@ -449,8 +442,6 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
     (record 3612637) FSDKaggle2019.meta/train_curated_post_competition.csv and
     FSDKaggle2019.audio_train_curated/. Kaggle lists its test clips in sample_submission.csv. A
     folder that is gone is no error yet: clips whose codes are kept do not need it.
-
-    Raises UserError: there is no CSV, or it does not list clips.
     """
 
     def search(name: str) -> list[Path]:
@@ -484,10 +475,7 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
 
 
 def list_folder(folder: Path, max_samples: int | None) -> Dataset:
-    """Take every sound file below a folder, sorted by path, labelled by the folder it lies in.
-
-    Raises UserError: there is no such folder, or no sound file in it.
-    """
+    """Take every sound file below a folder, sorted by path, labelled by the folder it lies in."""
     if not folder.is_dir():
         state = "it is a file: name its folder" if folder.exists() else "there is no such folder"
         raise UserError(f"--audio_dir {folder}: {state}")
@@ -581,10 +569,7 @@ def name_below(folder: Path, fname: str) -> str:
 
 
 def look_at(path: Path) -> Stamp:
-    """Return a file's stamp. ctime belongs to it because `rsync -t`, `cp -p` and unzip set mtime.
-
-    Raises BadClip: there is no such file, or it is none. OSError: the machine is at fault.
-    """
+    """Return a file's stamp; ctime, because `rsync -t`, `cp -p` and unzip set the mtime."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -599,10 +584,7 @@ def look_at(path: Path) -> Stamp:
 
 
 def read_table(csv_path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Read the header of a table and its rows, by column; the header shows the separator.
-
-    Raises UserError: the file is missing, not a table in UTF-8, or does not list clips.
-    """
+    """Read the header of a table and its rows, by column; the header shows the separator."""
     number = 1  # of the line in which a row begins
     try:
         data = csv_path.read_bytes()
@@ -649,7 +631,6 @@ def read_clips(
     """Read the clips that a table lists, and the names of its further columns if they are kept.
 
     Columns without a name are passed over. Repeated rows count once.
-    Raises UserError: see read_table; or names of columns clash.
     """
     header, rows = read_table(csv_path)
     columns = {name.lower(): name for name in reversed(header)}  # a capital is forgiven
@@ -678,6 +659,7 @@ def read_clips(
 # -------------------------------------------------------------------------------------------- clips
 
 EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "AIFF", "AU")  # these give all that they promise
+UNKNOWN_LENGTH = 2**40  # samples; a FLAC stream may say 2^48, an MP3 stream 2^63
 PIPED = 2**31 - 2**24  # bytes; programs that write to a pipe give sizes from here on
 LOUDEST = 100.0  # of samples that may be audio between -1 and 1
 
@@ -724,7 +706,7 @@ def check_header(audio: sf.SoundFile, path: Path, max_duration_s: float) -> None
     """Raise BadClip if an open file's header cannot be right, or promises more than there is."""
     if not 1_000 <= audio.samplerate <= 1_000_000:
         raise BadClip(f"its header is damaged: a sample rate of {audio.samplerate} Hz")
-    if knows_length(audio):
+    if audio.frames < UNKNOWN_LENGTH:
         check_duration(audio.frames / audio.samplerate, max_duration_s)
     # libsndfile reduces the size of WAV (data), AIFF (SSND), AU and RF64 to what is there, and says
     # so only in its log.
@@ -742,17 +724,13 @@ def check_header(audio: sf.SoundFile, path: Path, max_duration_s: float) -> None
         )
 
 
-def knows_length(audio: sf.SoundFile) -> bool:
-    return audio.frames < 2**40  # a FLAC stream may say 2^48, an MP3 stream 2^63
-
-
 def decode(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.Tensor:
     """Read the promised samples of an open file, and none behind them: [channels, T].
 
     It reads in pieces, so that no wrong header reserves memory.
     """
     most = audio.frames
-    if not knows_length(audio):
+    if most >= UNKNOWN_LENGTH:
         most = int(max_duration_s * audio.samplerate) + 1
         if audio.format == "FLAC":
             audio.seekable = lambda: False  # soundfile would seek, which is libsndfile's error 39
@@ -769,7 +747,7 @@ def decode(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.T
         raise BadClip("no samples: the file holds a header and no audio")
     check_duration(length / audio.samplerate, max_duration_s)
     exact = audio.format in EXACT_FORMATS and not audio.subtype.startswith("MPEG")
-    if exact and knows_length(audio) and length < most:
+    if exact and length < audio.frames < UNKNOWN_LENGTH:
         raise BadClip(f"truncated or damaged: {length:,} of {most:,} samples could be read")
     return torch.cat(pieces, dim=1)
 
@@ -877,12 +855,9 @@ def split_chunks(audio: torch.Tensor, settings: Settings) -> tuple[list[int], li
     """
     if settings.whole:
         return [0], [audio]
-    length, chunk = (
-        audio.shape[1],
-        round(settings.target_duration * MODELS[settings.model].sample_rate),
-    )
-    hop = round(chunk * (1 - settings.overlap))
-    starts = list(range(0, max(1, length - chunk + 1), hop))
+    length, rate = audio.shape[1], MODELS[settings.model].sample_rate
+    chunk = round(settings.target_duration * rate)
+    starts = list(range(0, max(1, length - chunk + 1), round(chunk * (1 - settings.overlap))))
     if starts[-1] + chunk < length:
         starts.append(length - chunk)
     audio = F.pad(audio, (0, max(0, chunk - length)))
@@ -928,15 +903,13 @@ def find_weights(settings: Settings) -> Path | None:
 
 
 def download(path: Path) -> bool:
-    """Download one of Meta's checkpoints to `path`. Says why, and returns False, if that fails.
-
-    torch.hub writes to a temporary name and renames, so several processes may download at once.
-    """
+    """Download one of Meta's checkpoints to `path`. Says why, and returns False, if that fails."""
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # a cluster's firewall may swallow the request
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         url, checksum = ROOT_URL + path.name, path.stem[-8:]
+        # It writes to a temporary name and renames, so several processes may download at once.
         torch.hub.download_url_to_file(url, str(path), checksum, progress=LOCAL_RANK == 0)
         return True
     except (OSError, RuntimeError) as error:
@@ -997,10 +970,7 @@ def load_model(settings: Settings, path: Path | None) -> tuple[EncodecModel, str
     """Load the weights of `path` (None: untrained ones) into EnCodec at the chosen bandwidth.
 
     Returns the model, and the SHA-256 of the tensors that decide the codes, which is the same for
-    every form of checkpoint.
-
-    Raises UserError: not a checkpoint, one of another model, or unusable: NaN or all-zero
-    codebooks.
+    every form of checkpoint. Raises UserError: another model's, NaN, or all-zero codebooks.
     """
     model = untrained_model(settings.model) if path is None else build_model(settings.model)
     if path is not None:
@@ -1381,10 +1351,7 @@ def kept_path(folder: Path, name: str) -> Path:
 
 
 def read_kept(folder: Path, name: str) -> Kept | None:
-    """Read what is kept of a clip. All that is not whole counts as absent.
-
-    Raises OSError: the machine is at fault.
-    """
+    """Read what is kept of a clip. All that is not whole counts as absent."""
     try:
         data = kept_path(folder, name).read_bytes()
     except OSError as error:
@@ -1725,38 +1692,35 @@ def rows_of(job: Job) -> Iterator[tuple[Clip, Kept, list[tuple[dict[str, object]
         yield clip, kept, rows
 
 
-@dataclass
-class Totals:
+class Totals(NamedTuple):
     """What the outputs say about all clips together."""
 
-    done: list[tuple[Clip, Kept]] = field(default_factory=list)  # without the codes
-    shapes: Counter[tuple[int, ...]] = field(default_factory=Counter)  # (K, F) of the rows
-    counts: np.ndarray | int = 0  # [K, 1024]: how often the chunks have each code
+    done: list[tuple[Clip, Kept]]  # without the codes
+    shapes: Counter[tuple[int, ...]]  # (K, F) of the rows
+    counts: np.ndarray  # [K, 1024]: how often the chunks have each code
 
 
 def write_csv(job: Job, path: Path) -> Totals:
     """Write the CSV, and count what the other outputs say about all clips together."""
-    totals, whole = Totals(), job.settings.whole
+    done, shapes, counts, whole = [], Counter(), 0, job.settings.whole
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         for clip, kept, rows in rows_of(job):
-            if not totals.done:
-                names = [f"token_{i}" for i in range(kept.latent.size)]
-                writer.writerow([*rows[0][0], *(["tokens"] if whole else names)])
+            if not done:
+                names = ["tokens"] if whole else [f"token_{i}" for i in range(kept.latent.size)]
+                writer.writerow([*rows[0][0], *names])
             for cells, codes in rows:
                 tokens = codes.ravel().tolist()
-                writer.writerow(
-                    [*cells.values(), *([" ".join(map(str, tokens))] if whole else tokens)]
-                )
-            totals.shapes[kept.latent.shape] += len(rows)
+                tokens = [" ".join(map(str, tokens))] if whole else tokens
+                writer.writerow([*cells.values(), *tokens])
+            shapes[kept.latent.shape] += len(rows)
             books = kept.codes.swapaxes(0, 1)  # [K, N, F]
-            counts = [np.bincount(book.ravel(), minlength=NUM_CODES) for book in books]
-            totals.counts = totals.counts + np.array(counts)
+            counts += np.array([np.bincount(book.ravel(), minlength=NUM_CODES) for book in books])
             kept.codes = kept.latent = None  # memory
-            totals.done.append((clip, kept))
+            done.append((clip, kept))
         file.flush()
         os.fsync(file.fileno())
-    return totals
+    return Totals(done, shapes, counts)
 
 
 def write_parquet(job: Job, path: Path) -> None:
@@ -1838,13 +1802,13 @@ def text_summary(facts: dict[str, object]) -> str:
         lines += [f"WARNING: untrained weights. {UNTRAINED_WARNING}", ""]
     for name, fact in facts.items():
         label = name.replace("_sec", "_(s)").replace("_", " ").capitalize()
-        if isinstance(fact, list):
-            fact = ", ".join(map(str, fact)) or "none"
-        elif isinstance(fact, dict):
-            items = [f"\n  {key}: {value}" for key, value in fact.items()]
-            more = f"\n  and {len(items) - 15:,} more" if len(items) > 15 else ""
-            fact = "".join(items[:15]) + more
-        lines.append(f"{label}: {fact}")
+        if isinstance(fact, dict):
+            items = [f"  {key}: {value}" for key, value in fact.items()]
+            more = [f"  and {len(items) - 15:,} more"] if len(items) > 15 else []
+            lines += [f"{label}:", *items[:15], *more]
+        else:
+            items = fact if isinstance(fact, list) else [fact]
+            lines.append(f"{label}: {', '.join(map(str, items)) or 'none'}")
     return "\n".join(lines) + "\n"
 
 
@@ -1882,10 +1846,12 @@ def write_outputs(job: Job) -> int:
         none = f"error: none of {counted(len(clips), 'clip')} could be tokenized"
         say(f"{none}. {': '.join(failures[0])}{stays}")
         return 1
-    report(
+    line = (
         f"{job.csv}: {counted(num_done, 'clip')} tokenized ({num_new:,} encoded now, "
         f"{num_done - num_new:,} already there){see}. Summary: {job.output('summary', 'txt')}"
     )
+    with suppress(OSError):  # a closed stdout is no error: the files are there all the same
+        print(line, flush=True)
     return 0
 
 
@@ -1919,14 +1885,6 @@ def remove_old(folder: Path, pattern: str) -> None:
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > 86_400:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def report(text: str) -> None:
-    """Print a result. A closed stdout is no error: the files are there all the same."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # ------------------------------------------------------------------------------------- the picture
@@ -2036,11 +1994,7 @@ def run(settings: Settings) -> int:
 
 
 def prepare(job: Job) -> None:
-    """Find the clips that are finished, and make sure that the others can be.
-
-    Raises UserError: no file of the dataset is there; a CSV would lose rows (refuse_to_lose_rows);
-    the output folder cannot be used.
-    """
+    """Find the clips that are finished, and make sure that the others can be. Raises UserError."""
     clips, output_dir = job.dataset.clips, job.settings.output_dir
     num_gone = find_kept(job.dataset, job.codes, job.settings.max_duration)
     num_missing = sum(clip.error.startswith(NO_FILE) for clip in clips)
@@ -2062,17 +2016,13 @@ def prepare(job: Job) -> None:
     remove_old(job.codes, "*.tmp")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` (default: the process's own). Returns the exit status.
+def main(argv: list[str] | None = None, settings: Settings | None = None) -> int:
+    """Run a command line (default: the process's own), or its settings. Returns the exit status.
 
     0: finished, failed clips are listed. 1: nothing could be tokenized, or the run broke. 2: usage,
     dataset or weights not found, a CSV would lose rows. 130, 143: interrupted.
     """
-    return run_guarded(parse_settings(argv))
-
-
-def run_guarded(settings: Settings) -> int:
-    """Call `run`; every error becomes a sentence and an exit status."""
+    settings = settings or parse_settings(argv)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which macOS reports as leaked
     for name in ("stdout", "stderr"):  # None if they were closed
         stream = getattr(sys, name) or open(os.devnull, "w")
@@ -2125,4 +2075,4 @@ def leave(status: int) -> None:
 
 
 if __name__ == "__main__":
-    leave(run_guarded(SETTINGS))
+    leave(main(settings=SETTINGS))
