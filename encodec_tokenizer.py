@@ -585,7 +585,7 @@ def look_at(path: Path) -> Stamp:
 
 def read_table(csv_path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Read the header of a table and its rows, by column; the header shows the separator."""
-    number = 1  # of the line in which a row begins
+    number = 1
     try:
         data = csv_path.read_bytes()
         text = data.decode("utf-8-sig")
@@ -596,6 +596,7 @@ def read_table(csv_path: Path) -> tuple[list[str], list[dict[str, str]]]:
         lines = io.StringIO(text.lstrip(), newline="")
         reader = csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True)
         header, rows = [cell.strip() for cell in next(reader, [])], []
+        number = reader.line_num + 1  # of the line in which a row begins
         for cells in reader:
             if any(cell.strip() for cell in cells[len(header) :]):
                 raise csv.Error(
@@ -734,6 +735,8 @@ def decode(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.T
         most = int(max_duration_s * audio.samplerate) + 1
         if audio.format == "FLAC":
             audio.seekable = lambda: False  # soundfile would seek, which is libsndfile's error 39
+    if audio.seekable():
+        audio.seek(0)  # as soundfile.read: an Opus stream then skips its first samples, as it must
     pieces, length = [], 0
     while length < most:
         frames = min(2**25 // audio.channels, most - length)
