@@ -9,14 +9,7 @@ import pytest
 import torch
 
 import encodec_tokenizer
-from encodec_tokenizer import (
-    MODELS,
-    ModelSpec,
-    find_weights,
-    load_model,
-    parse_settings,
-    resolve_device,
-)
+from encodec_tokenizer import MODELS, find_weights, load_model, parse_settings, resolve_device
 
 
 def named_by_checksum(source, folder, stem="encodec"):
@@ -44,9 +37,8 @@ def meta(tmp_path, monkeypatch, weights, cache):
     server = tmp_path / "server"
     server.mkdir()
     file = named_by_checksum(weights("encodec_24khz"), server)
-    spec = MODELS["encodec_24khz"]
-    facts = {**vars(spec), "checkpoint": file.name}
-    monkeypatch.setitem(MODELS, "encodec_24khz", ModelSpec(**facts))
+    spec = MODELS["encodec_24khz"]._replace(checkpoint=file.name)
+    monkeypatch.setitem(MODELS, "encodec_24khz", spec)
     monkeypatch.setattr(encodec_tokenizer, "ROOT_URL", server.as_uri() + "/")
     return file
 
@@ -102,6 +94,7 @@ def test_only_the_sample_falls_back_to_untrained_weights_and_says_so(tmp_path, n
     assert status == 0 and "WARNING: UNTRAINED WEIGHTS" in err
     assert "WARNING: untrained weights" in (tmp_path / "out/summary_sample.txt").read_text()
     assert '"weights": "untrained' in (tmp_path / "out/tokenized_sample.json").read_text()
+    assert "WARNING: UNTRAINED WEIGHTS" in run(*flags, weights="pretrained")[2]  # each time
 
 
 def bad_weights(tmp_path, weights):
@@ -132,7 +125,7 @@ def test_weights_that_cannot_be_used_end_in_one_sentence(tmp_path, weights, run)
         assert status == 2, path
         assert says in err and str(path) in err
         assert "Traceback" not in err
-    assert not (tmp_path / "out" / "tokenized_sample.blocks").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_eight_digits_in_a_files_name_may_be_a_date(tmp_path, weights):
@@ -279,11 +272,12 @@ def test_transformers_weights_give_the_same_rows_and_identity(hugging_face, run,
         status, _, err = run(*flags, "--output_dir", out, weights=path)
         assert status == 0, err
         files.add((out / "tokenized_sample.csv").read_bytes())
-        digests.add(json.loads((out / "tokenized_sample.json").read_text())["weights"])
+        record = json.loads((out / "tokenized_sample.json").read_text())
+        digests.add(record["settings"]["weights"])
     assert len(files) == len(digests) == 1
     # One form is another's run.
-    status, _, err = run(*flags, "--output_dir", tmp_path / "meta", weights=folder)
-    assert status == 0 and "is finished already" in err
+    status, out, _ = run(*flags, "--output_dir", tmp_path / "meta", weights=folder)
+    assert status == 0 and "(0 encoded now, 3 already there)" in out
 
 
 def test_transformers_older_file_is_read_too(tmp_path, weights):
@@ -303,7 +297,7 @@ def test_other_weights_are_another_run(tmp_path, weights, run):
     flags = ["--dataset", "sample", "--max_samples", "1"]
     assert run(*flags, weights=weights("encodec_24khz"))[0] == 0
     status, _, err = run(*flags, weights=tmp_path / "other.th")
-    assert status == 2 and "weights: " in err
+    assert status == 2 and "--weights: " in err
 
 
 def test_without_safetensors_the_error_says_what_to_install(monkeypatch, run, tmp_path):

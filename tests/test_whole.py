@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import reference
-import soundfile
 from conftest import main, write_dataset
 
 import encodec_tokenizer
@@ -104,9 +103,9 @@ def test_the_summary_tells_the_lengths_of_the_sequences(tokenized, rows):
     text = (tokenized[1] / "summary_train_curated.txt").read_text()
     lengths = sorted(codes.size for codes in rows.values())
     middle = (lengths[2] + lengths[3]) / 2
-    assert f"Tokens per row: {lengths[0]} to {lengths[-1]}, median {middle:g}\n" in text
-    assert f"Tokens in all: {sum(lengths)}\n" in text
-    assert not re.search("Padded|chunks per sample|target_duration|overlap|aggregate", text)
+    span = f"Tokens per row:\n  least: {lengths[0]}\n  median: {middle}\n  most: {lengths[-1]}\n"
+    assert span in text and f"Tokens in all: {sum(lengths)}\n" in text
+    assert not re.search("target_duration|overlap|aggregate", text)
     assert (tokenized[1] / "summary_train_curated.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -114,7 +113,7 @@ def test_the_summary_tells_the_lengths_of_the_sequences(tokenized, rows):
 def test_rows_do_not_depend_on_the_number_of_threads(name, folder, weights, tmp_path, monkeypatch):
     tables = set()
     for threads in (1, 3):
-        monkeypatch.setattr(encodec_tokenizer, "THREADS", threads)
+        monkeypatch.setattr(encodec_tokenizer.CpuEncoder, "threads", threads)
         out = tmp_path / str(threads)
         run_whole(folder, out, weights(name), "--model", name, "--max_samples", 5)
         tables.add((out / "tokenized_train_curated.csv").read_bytes())
@@ -154,7 +153,7 @@ def test_tokenize_gives_every_chunk_without_whole(folder, whole, plain):
 def test_tokenize_raises_bad_clip_for_a_bad_file(folder, whole, tmp_path):
     encoder, path = whole("encodec_24khz", whole=True), tmp_path / "cut.wav"
     path.write_bytes((folder / "train_curated" / "odd.wav").read_bytes()[:100_000])
-    with pytest.raises(BadClip, match=r"cut\.wav: truncated: "):
+    with pytest.raises(BadClip, match=r"cut\.wav: truncated"):
         tokenize(path, encoder)
     with pytest.raises(BadClip, match="no such file"):
         tokenize(tmp_path / "gone.wav", encoder)
@@ -167,25 +166,3 @@ def test_the_lstm_in_pieces_gives_the_codes_of_one_piece(folder, whole, monkeypa
     for frames in (1, 7, 100):
         monkeypatch.setattr(encodec_tokenizer.CpuEncoder, "lstm_frames", frames)
         assert reference.agreement(tokenize(path, encoder), one_piece) == 1
-
-
-def test_a_long_clip_is_taken_in_pieces_of_bounded_memory(tmp_path, sound, whole, monkeypatch):
-    """Neither the convolutions nor the LSTM ever see more than some seconds of it."""
-    samples = np.tile(sound(4.0, 24_000), (15, 1))
-    soundfile.write(tmp_path / "minute.wav", samples, 24_000)
-    encoder, longest = whole("encodec_24khz", whole=True), []
-    lstm = encoder.inner.lstm.forward
-    first = encoder.inner.convolutions[0]
-
-    def watched_lstm(x, state):
-        longest.append(len(x) * 320)
-        return lstm(x, state)
-
-    def watched_convolution(x, tails):
-        longest.append(len(x))
-        return first(x, tails)
-
-    monkeypatch.setattr(encoder.inner.lstm, "forward", watched_lstm)
-    encoder.inner.convolutions[0] = watched_convolution
-    assert tokenize(tmp_path / "minute.wav", encoder).shape == (1, 8, 4500)
-    assert max(longest) <= 20 * 24_000
