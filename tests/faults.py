@@ -1,23 +1,20 @@
 """Runs of the script in processes of their own, to be killed, stopped and starved at will.
 
-They are forked from a process that has the script loaded, so each starts at once. Blocks are of 4
-clips, so 10 clips are three blocks. Codes come from `codes_of` rather than from a model, because
-the tests are about the files. Each process writes "made block N" into its log.
+They are forked from a process that has the script loaded, so each starts at once. Groups are of 4
+clips. Codes come from `codes_of` rather than from a model, because the tests are about the files.
+Each process writes "encoded NAME" into its log for each clip that it encodes.
 
-As a program, `python faults.py FLAG...` is the script with such blocks and codes, for torchrun.
+As a program, `python faults.py FLAG...` is the script with such groups and codes, for torchrun.
 """
 
-import ctypes
 import io
 import multiprocessing
 import os
-import platform
 import resource
 import signal
-import struct
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,46 +29,48 @@ import encodec_tokenizer as script
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["encodec_tokenizer", "faults"])
 PATHS = [str(Path(script.__file__).parent), str(Path(__file__).parent)]
-BLOCK_CLIPS = 4
-MODEL = SimpleNamespace()  # no test looks into it
+GROUP_CLIPS = 4
 
 
-def codes_of(chunks: torch.Tensor) -> np.ndarray:
-    """[B, C, T] -> [B, 8, 150], numbers that depend on every chunk."""
-    return ((chunks[:, 0, :1200].reshape(-1, 8, 150) * 1e4).abs().long() % 1024).numpy()
+def codes_of(chunk: torch.Tensor) -> np.ndarray:
+    """[C, T] -> [8, 150], numbers that depend on the chunk."""
+    return ((chunk[0, :1200].reshape(8, 150) * 1e4).abs().long() % 1024).numpy().astype(np.uint16)
 
 
 class Codes:
     """Stands in for Encoder: ready-made codes, and latents that are the same numbers."""
 
-    slow_s = 0.0  # for a batch
+    slow_s = 0.0  # for a chunk
 
     def __init__(self, model: object, settings: object) -> None:
-        self.model, self.settings = model, settings
+        self.settings = settings
 
-    def segments(self, chunk: torch.Tensor) -> list[torch.Tensor]:
-        return [chunk]
+    def encode(self, chunks: list[torch.Tensor]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        for chunk in chunks:
+            time.sleep(self.slow_s)
+            codes = codes_of(chunk)
+            yield codes, torch.from_numpy(codes.astype(np.float32))
 
-    def convolve(self, segment: torch.Tensor) -> tuple[torch.Tensor, float]:
-        return segment, 0.0
-
-    def codes(self, convolved: Sequence) -> tuple[np.ndarray, torch.Tensor, float]:
-        time.sleep(self.slow_s)
-        codes = codes_of(torch.stack([future.result()[0] for future in convolved]))
-        return codes, torch.from_numpy(codes).float(), 0.0
+    def quantize(self, latents: torch.Tensor) -> np.ndarray:
+        return latents.round().numpy().astype(np.uint16)
 
 
-def use_small_blocks_and_ready_made_codes() -> None:
-    script.BLOCK_CLIPS = BLOCK_CLIPS
-    script.Encoder = Codes
-    script.load_model = lambda settings, path: (MODEL, script.UNTRAINED if path is None else "x")
-    write_block = script.write_block
+def use_small_groups_and_ready_made_codes() -> None:
+    script.GROUP_CLIPS = GROUP_CLIPS
+    script.make_encoder = Codes
+    script.load_model = lambda settings, path: (
+        SimpleNamespace(),
+        script.UNTRAINED if path is None else path.name,
+    )
+    write_kept = script.write_kept
 
-    def write_and_tell(block: script.Block) -> None:
-        write_block(block)
-        script.say(f"made block {block.index}")
+    def write_and_tell(folder: Path, name: str, kept: script.Kept) -> None:
+        is_new = not script.kept_path(folder, name).exists()
+        write_kept(folder, name, kept)
+        if is_new:
+            script.say(f"encoded {name}")
 
-    script.write_block = write_and_tell
+    script.write_kept = write_and_tell
 
 
 # ------------------------------------------------------------------------------ what can be done to
@@ -124,14 +123,28 @@ def kill_at_step(number: int) -> None:
         step()
         return StepByStep(io_open(file, mode, *args, **kwargs), step)
 
-    for name in ("fsync", "replace", "rename", "unlink", "mkdir"):  # pathlib and shutil call these
+    # pathlib and shutil call these
+    for name in ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir"):
         setattr(os, name, after_a_step(getattr(os, name)))
     io.open = open_in_steps  # Path.open and its like
 
 
-def kill_after_a_block() -> None:
-    """SIGKILL for this process when its first block is in its place."""
-    wrap("write_block", after=kill_me)
+def kill_after_clips(count: int) -> None:
+    """SIGKILL for this process when the codes of so many clips are in their places."""
+    done = iter(range(count - 1))
+    wrap("write_kept", after=lambda: next(done, None) is None and kill_me())
+
+
+def signal_at_rename(number: int) -> None:
+    """SIGTERM for this process before it renames the output of that number."""
+    replace, numbers = Path.replace, iter(range(1000))
+
+    def rename(path: Path, target: Path) -> Path:
+        if ".unfinished" in str(path) and next(numbers) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return replace(path, target)
+
+    Path.replace = rename
 
 
 def kill_me() -> None:
@@ -151,19 +164,8 @@ def wrap(name: str, before: Callable = lambda: None, after: Callable = lambda: N
     setattr(script, name, call)
 
 
-def wait_before(name: str, sign: str, go_on: str) -> None:
-    """A function of the script's leaves the file `sign` and waits for the file `go_on`."""
-
-    def wait() -> None:
-        Path(sign).touch()
-        while not Path(go_on).exists():
-            time.sleep(0.01)
-
-    wrap(name, before=wait)
-
-
 def at_clip(name: str, what: Callable[..., None], *args: object) -> None:
-    """Call `what` in the thread that is about to load the clip of that name."""
+    """Call `what` in the thread that has decided to load the clip of that name."""
     load_clip = script.load_clip
 
     def load(clip, *others):
@@ -174,18 +176,6 @@ def at_clip(name: str, what: Callable[..., None], *args: object) -> None:
     script.load_clip = load
 
 
-def set_of_script(name: str, value: object) -> None:
-    setattr(script, name, value)
-
-
-def set_environment(**variables: str) -> None:
-    os.environ.update(variables)
-
-
-def other_version() -> None:
-    script.version = lambda package: "0.0"
-
-
 def limit_file_size(max_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))
 
@@ -194,14 +184,6 @@ def limit_memory(more_bytes: int) -> None:
     """So much more than now, and no more."""
     now = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_DATA, (now + more_bytes, now + more_bytes))
-
-
-def drop_capabilities() -> None:
-    """Root, too, has to heed the permission bits of files from here on."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    version_3, this_process = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
-    if libc.capset(version_3, this_process):
-        raise OSError(ctypes.get_errno(), "capset")
 
 
 def close_stream(number: int, path: str | None) -> None:
@@ -228,27 +210,6 @@ def move_away(folder: str, to: str) -> None:
         path.rename(Path(to) / path.name)
 
 
-def fail_reads(at_least: int, number: int) -> None:
-    """From here on each read(2) of so many bytes in this thread is the error of that number.
-
-    It reaches libraries too: a filter of the kernel's (seccomp) answers in place of the call.
-    """
-    read = {"x86_64": 0, "aarch64": 63}[platform.machine()]
-    code = [  # (operation, jump if true, jump if false, operand): linux/bpf_common.h
-        (0x20, 0, 0, 0),  # load the number of the call
-        (0x15, 0, 3, read),
-        (0x20, 0, 0, 32),  # load its third argument
-        (0x35, 0, 1, at_least),
-        (0x06, 0, 0, 0x50000 | number),  # SECCOMP_RET_ERRNO
-        (0x06, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
-    ]
-    filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-    program = ctypes.create_string_buffer(struct.pack("HP", len(code), ctypes.addressof(filters)))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program):  # no new privileges; the filter
-        raise OSError(ctypes.get_errno(), "prctl")
-
-
 def fail_to_read(end: str, number: int) -> None:
     """To read a file whose name ends so from Python is the error of that number."""
     io_open = io.open
@@ -267,18 +228,6 @@ def fail_to_read(end: str, number: int) -> None:
     io.open = open_bad
 
 
-def fail_to_stat(end: str, number: int) -> None:
-    """To ask for anything about a file whose name ends so is the error of that number."""
-    os_stat = os.stat
-
-    def stat(path, *args, **kwargs):
-        if str(path).endswith(end):
-            raise OSError(number, os.strerror(number), str(path))
-        return os_stat(path, *args, **kwargs)
-
-    os.stat = stat
-
-
 def no_memory_to_decode() -> None:
     def read(*_, **__):
         raise MemoryError("std::bad_alloc")
@@ -291,7 +240,7 @@ def no_memory_to_decode() -> None:
 
 def child(argv: list[str], before: list[Callable], slow_s: float, rank: tuple, log: str) -> None:
     sys.stdout = sys.stderr = Path(log).open("a", buffering=1)
-    use_small_blocks_and_ready_made_codes()
+    use_small_groups_and_ready_made_codes()
     Codes.slow_s = slow_s
     if rank:
         (script.RANK, script.WORLD_SIZE), script.LOCAL_RANK = rank, rank[0]
@@ -307,7 +256,7 @@ def child(argv: list[str], before: list[Callable], slow_s: float, rank: tuple, l
 def start(argv, log: Path, before=(), slow_s=0.0, rank=()) -> CONTEXT.Process:
     """Start a run of `argv`, which appends all that it prints to its log.
 
-    before: functions called before it. slow_s: seconds of each batch. rank: (number, processes).
+    before: functions called before it. slow_s: seconds of each chunk. rank: (number, processes).
     """
     argv = ["--weights", "untrained", "--device", "cpu", *map(str, argv)]
     return start_process(child, argv, list(before), slow_s, rank, str(log))
@@ -323,12 +272,8 @@ def start_process(function: Callable, *args: object) -> CONTEXT.Process:
 
 
 def main() -> None:
-    use_small_blocks_and_ready_made_codes()
-    Codes.slow_s = float(os.environ.get("SLOW_S", 0))
-    attempt, rank = (os.environ.get(key) for key in ("TORCHELASTIC_RESTART_COUNT", "RANK"))
-    print(here := f"attempt {attempt}, rank {rank}", file=sys.stderr, flush=True)
-    if os.environ.get("KILL") == here:
-        wrap("find_datasets", before=kill_me)
+    use_small_groups_and_ready_made_codes()
+    Codes.slow_s = 0.05
     script.leave(script.main())
 
 
