@@ -790,10 +790,17 @@ def explain(error: sf.LibsndfileError, head: bytes) -> str:
 
 def is_text(head: bytes) -> bool:
     """Tell whether a file begins like text, in whatever encoding."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16 or UTF-32
+    controls = "[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or not re.search(
+        controls, head.decode("latin-1")
+    ):
         return True
-    bare = head.replace(b"\0", b"")  # the other half of Latin letters in UTF-16
-    return bool(bare) and not re.search(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f]", bare)
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+        text = head.decode(encoding, errors="ignore")
+        letters = sum(character.isascii() for character in text)
+        if letters > len(text) / 2 and not re.search(controls, text):
+            return True
+    return False
 
 
 def read_by_torchaudio(path: Path, unknown: sf.LibsndfileError) -> tuple[torch.Tensor, int]:
@@ -835,7 +842,9 @@ def make_resampler(rate: int, model_rate: int, device: str) -> torchaudio.transf
     ratio = Fraction(rate, model_rate)
     nearest = ratio.limit_denominator(max(1, int(math.sqrt(2**25 / ratio))))
     if nearest != ratio:
-        say(f"note: {rate} Hz is odd; it is resampled as {float(model_rate * nearest):g} Hz")
+        say(
+            f"note: the sample rate {rate} Hz is met to within 0.01 %; an exact filter is too large"
+        )
     return torchaudio.transforms.Resample(nearest.numerator, nearest.denominator).to(device)
 
 

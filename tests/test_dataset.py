@@ -1,8 +1,11 @@
 """Which clips a command line names: FSDKaggle2019's layouts, any CSV, any folder."""
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +16,14 @@ from conftest import ROOT
 
 from encodec_tokenizer import (
     SAMPLE_DIR,
+    Clip,
+    Dataset,
     Settings,
     UserError,
     find_dataset,
     find_datasets,
+    find_file,
     read_clips,
-    row_cells,
 )
 
 LAYOUTS = {
@@ -97,7 +102,7 @@ def test_an_audio_folder_is_not_taken_from_the_other_layout(tmp_path):
 def test_a_missing_dataset_is_told_with_the_places_and_the_ways_on(tmp_path, run):
     status, _, err = run("--input_dir", tmp_path / "nowhere")
     assert status == 2
-    for part in ("train_curated.csv", "FSDKaggle2019.audio_train_curated", "--dataset sample"):
+    for part in ("train_curated.csv", "train_curated_post_competition.csv", "--dataset sample"):
         assert part in err
     assert str(tmp_path / "nowhere") in err and "https://zenodo.org/record/3612637" in err
     assert "UNTRAINED" not in err  # found out before any weights are looked for
@@ -106,20 +111,20 @@ def test_a_missing_dataset_is_told_with_the_places_and_the_ways_on(tmp_path, run
 def test_a_missing_audio_folder_is_an_error_before_the_run(tmp_path, run):
     (tmp_path / "train_curated.csv").write_text("fname,labels\na.wav,Bark\n")
     status, _, err = run("--input_dir", tmp_path)
-    assert status == 2 and f"audio folder {tmp_path / 'train_curated'} does not exist" in err
+    assert status == 2 and f"no file of 1 clip is in {tmp_path / 'train_curated'}: is the" in err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("layout", ["Kaggle", "Zenodo"])
-def test_a_gone_audio_folder_with_a_finished_csv_is_no_error(layout, tmp_path, run):
+def test_a_gone_audio_folder_of_a_finished_run_is_no_error(layout, tmp_path, run):
     csv_name, folder = LAYOUTS[layout]
     lay_out(tmp_path, csv_name, folder)
     flags = ["--input_dir", tmp_path, "--target_duration", "0.5"]
     assert run(*flags)[0] == 0
     shutil.rmtree(tmp_path / folder)
-    status, _, err = run(*flags)
-    assert status == 0 and "is finished already: 1 clips: 1 tokenized\n" in err
-    assert "1 clips' files are gone; their rows stay: a.wav" in err
+    status, out, err = run(*flags)
+    assert status == 0 and "(0 encoded now, 1 already there)" in out
+    assert "note: the files of 1 clip are gone; their codes are still there" in err
 
 
 def test_the_bundled_sample_is_what_its_generator_makes(tmp_path):
@@ -145,22 +150,38 @@ def test_the_script_alone_has_no_sample_and_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "content, says",
     [
-        (b"", "is not a comma-separated table in UTF-8: it is empty"),
-        (b" \n  ,\n", "it is empty"),
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
         (b"fname,labels\n", "lists no clips"),
         (b"fname,labels\n  \n", "lists no clips"),
-        (b"file,labels\na.wav,Bark\n", "has no column fname or filename, only 'file', 'labels'"),
-        (b"fname;labels\na.wav;Bark\n", "separated by commas"),
-        (b"fname\tlabels\na.wav\tBark\n", "separated by commas"),
-        (b"fname,labels\na.wav,Bark\nb.wav,Walk,Slam\n", "3 in the row of b.wav (a comma in a"),
-        ("fname,labels\né.wav,Bark\n".encode("latin-1"), "in UTF-8"),
-        (b"RIFF\x00\x00\xff\xfe", "is not a comma-separated table"),
+        (b"file,labels\na.wav,Bark\n", "no column fname, filename or file_name, only file, labels"),
+        (b"client\tpath\tlabel\n1\ta.wav\tx\n", "client, path, label (separated by tabs)"),
+        (b"fname,labels\na.wav,Bark\nb.wav,Walk,Slam\n", "line 3: 3 cells, and 2 in the header"),
+        (b'fname,label,text\na.wav,x,"open\nb.wav,y,fine\n', "line 2: unexpected end of data"),
+        ("fname,labels\na.wav,x\né.wav,Bark\n".encode("latin-1"), "line 3: not UTF-8"),
+        (b"RIFF\x00\x00\xff\xfe", "not UTF-8"),
+        (b"fname,labels,labels\na.wav,dog,cat\n", "the column 'labels' is there twice"),
+        (b"fname,labels,fname\na.wav,dog,b.wav\n", "the column 'fname' is there twice"),
     ],
 )
-def test_a_csv_that_lists_no_clips_is_told_by_its_name(content, says, tmp_path):
+def test_a_table_that_cannot_be_read_says_why_and_where(content, says, tmp_path):
     with pytest.raises(UserError) as error:
         read(tmp_path, content)
     assert says in str(error.value) and "clips.csv" in str(error.value)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_the_header_shows_the_separator(separator, tmp_path):
+    text = 'file_name,label\na.wav,"Bark,Dog"\nb.wav,x\n'
+    text = text.replace(",", separator).replace(f"Bark{separator}Dog", "Bark,Dog")
+    assert cells(read(tmp_path, text)[1]) == [("a.wav", "Bark,Dog"), ("b.wav", "x")]
+
+
+def test_empty_columns_and_long_cells_are_read(tmp_path):
+    text = "fname,label,,embedding,\na.wav,x,," + "1 " * 80_000 + ",\nb.wav,y,,,,\n"
+    columns, clips = read(tmp_path, text, keep_extra=True)
+    assert columns == ("embedding",) and cells(clips) == [("a.wav", "x"), ("b.wav", "y")]
+    assert len(clips[0].extra[0]) == 159_999
 
 
 def test_bom_unicode_and_quoted_labels_are_read(tmp_path):
@@ -177,8 +198,8 @@ def test_bom_unicode_and_quoted_labels_are_read(tmp_path):
     assert columns == ()
 
 
-def test_spaces_and_blank_lines_belong_to_no_name_and_no_label(tmp_path):
-    text = 'fname, labels ,fold\n  \na.wav , Bark, 1\n\nb.wav, "Walk, Slam", 2\n , ,\n'
+def test_spaces_and_blank_lines_belong_to_no_label(tmp_path):
+    text = 'fname, labels ,fold\n  \na.wav, Bark, 1\n\nb.wav, "Walk, Slam", 2\n , ,\n'
     columns, clips = read(tmp_path, text, keep_extra=True)
     assert cells(clips) == [("a.wav", "Bark"), ("b.wav", "Walk, Slam")]
     assert columns == ("fold",) and [clip.extra for clip in clips] == [("1",), ("2",)]
@@ -193,7 +214,7 @@ def test_repeated_rows_are_used_once_and_told(tmp_path, capsys):
     text = "fname,labels\na.wav,Bark\nb.wav,Slam\na.wav,Bark\na.wav,Meow\n"
     _, clips = read(tmp_path, text)
     assert cells(clips) == [("a.wav", "Bark"), ("b.wav", "Slam"), ("a.wav", "Meow")]
-    assert "repeats 1 rows" in capsys.readouterr().err
+    assert "repeats 1 row; duplicates are ignored" in capsys.readouterr().err
 
 
 def test_max_samples_takes_the_first_rows(tmp_path):
@@ -229,16 +250,13 @@ FSD50K = 'fname,labels,mids,split\n64760,"Electric_guitar,Guitar","/m/02sgy,/m/0
     ids=["ESC-50", "FSD50K", "names alone"],
 )
 def test_any_csv_of_names_is_a_dataset_and_keeps_its_columns(text, name, labels, extra, tmp_path):
-    """The further ones stand after all of ours."""
     (tmp_path / "mine.csv").write_text(text)
-    settings = Settings(metadata=tmp_path / "mine.csv", audio_dir=tmp_path, aggregate="none")
+    settings = Settings(metadata=tmp_path / "mine.csv", audio_dir=tmp_path)
     (dataset,) = find_datasets(settings)
     assert (dataset.stem, dataset.audio_dir) == ("mine", tmp_path)
-    found = row_cells(dataset.clips[0], 0, settings, dataset.columns)
-    facts = ["num_tokens", "token_shape", "num_chunks", "duration_sec", "chunk", "start_sec"]
-    assert list(found) == ["fname", "labels", *facts, *extra]
-    assert found["fname"] == name and found["labels"] == labels
-    assert {column: found[column] for column in extra} == extra
+    (clip,) = dataset.clips
+    assert (clip.fname, clip.labels) == (name, labels)
+    assert dict(zip(dataset.columns, clip.extra, strict=True)) == extra
 
 
 def test_a_csv_of_ones_own_is_tokenized(tmp_path, run):
@@ -253,22 +271,11 @@ def test_a_csv_of_ones_own_is_tokenized(tmp_path, run):
     assert (tmp_path / "out" / "summary_mine.txt").exists()
 
 
-@pytest.mark.parametrize(
-    "header", ["num_chunks", "chunk", "start_sec", "token_7", "tokens", "fold,fold", "category"]
-)
-def test_columns_that_the_output_has_itself_are_refused(header, tmp_path):
-    name = header.partition(",")[0]
-    row = ",".join("1" * (1 + header.count(",")))
-    text = f"filename,category,{header}\na.wav,dog,{row}\n"
-    with pytest.raises(UserError, match=f"clips.csv: rename .{name}.: the output has such columns"):
+@pytest.mark.parametrize("name", ["num_chunks", "chunk", "start_sec", "token_7", "tokens"])
+def test_columns_that_the_output_has_itself_are_refused(name, tmp_path):
+    text = f"filename,category,{name}\na.wav,dog,1\n"
+    with pytest.raises(UserError, match=f"column '{name}' clashes with an output column; rename"):
         read(tmp_path, text, keep_extra=True)
-
-
-@pytest.mark.parametrize("header", ["fname,labels,labels", "fname,labels,fname"])
-def test_a_header_that_says_name_or_labels_twice_is_refused(header, tmp_path):
-    """Which of the two is meant, nobody knows."""
-    with pytest.raises(UserError, match="the output has such columns"):
-        read(tmp_path, f"{header}\na.wav,dog,b.wav\n")
 
 
 def test_a_csv_that_is_not_there_ends_at_once(run):
@@ -279,33 +286,54 @@ def test_a_csv_that_is_not_there_ends_at_once(run):
 # ------------------------------------------------------------------------------------- any folder
 
 
-def test_a_folder_alone_gives_every_audio_file_below_it(tmp_path):
+def test_a_folder_alone_gives_every_sound_file_below_it(tmp_path, capsys):
     """Sorted by path, with names relative to it, labelled by the folder that each lies in."""
-    names = ["b/c/2.flac", "b/1.wav", "a.wav", "a/Z.WAV", "a/9.mp3", "a/10.ogg"]
-    for name in ["a/notes.txt", "clips.csv", *names]:
+    names = ["b/c/2.flac", "b/1.wav", "a.wav", "a/Z.WAV", "a/9.mp3", "a/10.ogg", "a/x.sph"]
+    names += ["a/x.wave", "a/x.mp2", "a/E: low.m4a"]
+    others = ["a/notes.txt", "clips.csv", "x.txt", "a/.hidden.wav", ".Trash/b.wav", "a/._10.ogg"]
+    for name in [*others, *names]:
         (tmp_path / "birds" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "birds" / name).touch()
     (tmp_path / "birds" / "folder.wav").mkdir()
     (dataset,) = find_datasets(Settings(audio_dir=tmp_path / "birds"))
     assert (dataset.stem, dataset.audio_dir) == ("birds", tmp_path / "birds")
-    assert cells(dataset.clips) == [
-        ("a/10.ogg", "a"),
-        ("a/9.mp3", "a"),
-        ("a/Z.WAV", "a"),
-        ("a.wav", "birds"),
-        ("b/1.wav", "b"),
-        ("b/c/2.flac", "c"),
-    ]
+    expected = [("a/10.ogg", "a"), ("a/9.mp3", "a"), ("a/E: low.m4a", "a"), ("a/Z.WAV", "a")]
+    expected += [("a/x.mp2", "a"), ("a/x.sph", "a"), ("a/x.wave", "a"), ("a.wav", "birds")]
+    assert cells(dataset.clips) == [*expected, ("b/1.wav", "b"), ("b/c/2.flac", "c")]
+    note = "left out 3 files not known as sound: .txt (2), .csv (1)"
+    assert note in capsys.readouterr().err
     (first,) = find_datasets(Settings(audio_dir=tmp_path / "birds", max_samples=2))
     assert cells(first.clips) == cells(dataset.clips)[:2]
 
 
-def test_a_folder_without_audio_or_not_there_is_told(tmp_path):
+def test_linked_folders_are_followed_and_circles_end(tmp_path):
+    for kind in ("dog", "cat"):
+        write_wav(tmp_path / "elsewhere" / kind / f"{kind}.wav")
+        (tmp_path / "pets").mkdir(exist_ok=True)
+        (tmp_path / "pets" / kind).symlink_to(tmp_path / "elsewhere" / kind)
+    (tmp_path / "pets" / "loop").symlink_to(".")
+    (dataset,) = find_datasets(Settings(audio_dir=tmp_path / "pets"))
+    assert cells(dataset.clips) == [("cat/cat.wav", "cat"), ("dog/dog.wav", "dog")]
+
+
+def test_a_folder_without_sound_or_not_there_is_told(tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(UserError, match="no audio file lies below it"):
-        find_datasets(Settings(audio_dir=tmp_path))
-    with pytest.raises(UserError, match="nowhere: no such folder"):
-        find_datasets(Settings(audio_dir=tmp_path / "nowhere"))
+    for path, says in {
+        tmp_path: "there are no sound files below it",
+        tmp_path / "nowhere": "there is no such folder",
+        tmp_path / "notes.txt": "it is a file: name its folder",
+    }.items():
+        with pytest.raises(UserError, match=says):
+            find_datasets(Settings(audio_dir=path))
+
+
+def test_a_name_that_is_not_utf_8_fails_alone(tmp_path, run):
+    write_wav(tmp_path / "pets" / "a.wav")
+    shutil.copy(tmp_path / "pets" / "a.wav", tmp_path / "pets" / os.fsdecode(b"b\xff.wav"))
+    status, out, _ = run("--audio_dir", tmp_path / "pets")
+    assert status == 0 and "1 clip tokenized" in out and "1 failed" in out
+    reason = pd.read_csv(tmp_path / "out" / "failed_pets.csv")["error"][0]
+    assert "the name is not UTF-8: rename the file" in reason
 
 
 def test_a_folder_is_tokenized(tmp_path, run):
@@ -322,3 +350,85 @@ def test_an_unnamed_column_of_numbers_is_no_label(tmp_path):
     path.write_text(",fname,duration\n0,a.wav,1.5\n")  # as pandas writes its index
     _, (clip,) = read_clips(path, Settings())
     assert (clip.fname, clip.labels) == ("a.wav", "")
+
+
+# ------------------------------------------------------------------------------- a clip's file
+
+FILES = ["plain.wav", "64760.wav", "deep/er/one.wav", "x/two.wav", "y/two.wav", "x/3.flac"]
+FILES += ["song.wav", "song/drums.wav", " lead.wav", "lead.wav", "C:maj/1.wav", "SA1.WAV"]
+FILES += [unicodedata.normalize("NFD", "Gefühl.wav"), "one/two.mp3", "both.wav", "both.ogg"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("names")
+    for name in FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"12345")
+    os.mkfifo(folder / "pipe.wav")
+    return Dataset("x", folder, (), [])
+
+
+FOUND = {
+    "plain.wav": "plain.wav",
+    "./plain.wav": "plain.wav",
+    "x/../plain.wav": "plain.wav",
+    "64760": "64760.wav",
+    "x/two.wav": "x/two.wav",
+    "one.wav": "deep/er/one.wav",
+    "er/one": "deep/er/one.wav",
+    "3": "x/3.flac",
+    "song": "song.wav",  # song/ is a folder
+    " lead.wav": " lead.wav",
+    "lead.wav": "lead.wav",
+    "C:maj/1.wav": "C:maj/1.wav",
+    "sa1": "SA1.WAV",
+    "PLAIN.wav": "plain.wav",
+    unicodedata.normalize("NFC", "Gefühl.wav"): unicodedata.normalize("NFD", "Gefühl.wav"),
+    "x\\two.wav": "x/two.wav",
+    " plain.wav ": "plain.wav",
+    "{folder}/x/two.wav": "x/two.wav",
+}
+
+
+@pytest.mark.parametrize("fname", FOUND)
+def test_a_name_finds_its_file(fname, dataset):
+    clip = Clip(fname.replace("{folder}", str(dataset.audio_dir)))
+    find_file(clip, dataset)
+    assert (clip.path, clip.error) == (dataset.audio_dir / FOUND[fname], "")
+    assert clip.stamp[0] == 5
+
+
+REASONS = {
+    "two.wav": "several files fit this name: x/two.wav, y/two.wav",
+    "both": "several files fit this name: both.ogg, both.wav",
+    "gone.wav": "no such file",
+    "plain.wav/inside.wav": "no such file",
+    "gone\\gone.wav": "no such file; the name has a backslash, and / separates folders",
+    "deep": "a folder, not a file",
+    "pipe.wav": "a pipe or a device, not a file",
+    "n" * 300: "cannot be opened: File name too long",
+    "": "the name is empty",
+    "  ": "the name is empty",
+    "a\0b": "holds a NUL character",
+    "/etc/hostname": "the path is outside the audio folder",
+    "../x.wav": "the path is outside the audio folder",
+    "x/../../x.wav": "the path is outside the audio folder",
+    ".": "the path is outside the audio folder",
+}
+
+
+@pytest.mark.parametrize("fname", REASONS)
+def test_a_name_without_a_file_says_why(fname, dataset):
+    clip = Clip(fname)
+    find_file(clip, dataset)
+    assert REASONS[fname] in clip.error and clip.stamp is None
+
+
+def test_the_machines_faults_are_no_reason(dataset, monkeypatch):
+    def broken(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "stat", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        find_file(Clip("plain.wav"), dataset)
