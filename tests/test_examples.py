@@ -1,9 +1,8 @@
 """The example programs, run on small data."""
 
-import ast
-import json
 import math
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -40,20 +39,6 @@ def example(monkeypatch, capfd):
     return command
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_an_example_says_what_to_install(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    imported = {name.partition(".")[0] for name in imported}
-    if "tagging" in imported:
-        imported |= {"numpy", "sklearn", "scipy"}
-    ours = {other.stem for other in EXAMPLES.glob("*.py")}
-    needed = {name.replace("sklearn", "scikit-learn") for name in imported} - ours
-    said = re.search(r"^ +pip install (.*)$", ast.get_docstring(tree), re.MULTILINE)[1].split()
-    assert needed - set(sys.stdlib_module_names) <= set(said)
-
-
 # --------------------------------------------------------------------------------- sequence_model
 
 
@@ -76,6 +61,10 @@ def test_a_sequence_model_learns_the_rows_of_whole_clips(run, example, tmp_path)
     first, last = map(float, re.search(r"loss of step 1 (.*), of step 20 (.*)", out).groups())
     assert f"ln(vocabulary) {math.log(8193):.2f}" in out
     assert abs(first - math.log(8193)) < 1 and last < first - 1
+    heard = tmp_path / "heard"
+    example(decode, tmp_path / "out" / "generated.csv", heard, "--weights", "untrained")
+    assert list(wavs(heard)) == ["000_generated_decoded.wav"]
+    assert wavs(heard)["000_generated_decoded.wav"].shape == (1, 48_000)
 
 
 def test_a_sequence_model_does_not_see_later_ids():
@@ -164,9 +153,10 @@ def test_rows_are_decoded_as_encodec_decodes_its_own_codes(
     flags = ["--model", name, "--parquet", *flags]
     assert run("--input_dir", root, *flags, weights=weights(name))[0] == 0
     options = ["--weights", weights(name), "--scale_from_original"]
+    options += ["--audio_dir", root / "train_curated"]
     for kind, rows in {"csv": 5, "parquet": 1}.items():
         path = out / f"tokenized_train_curated.{kind}"
-        example(decode, path, root / "train_curated", tmp_path / kind, "--rows", rows, *options)
+        example(decode, path, tmp_path / kind, "--rows", rows, *options)
     found, model = wavs(tmp_path / "csv"), plain(name)
     chunks = []
     for clip in clips:
@@ -214,17 +204,44 @@ def test_a_row_that_encodec_cannot_join_is_decoded(samples, sound, plain):
     assert (decoded == model.decode(frames[:-1])[0]).all() and decoded.shape[1] >= samples
 
 
-def test_a_mean_of_several_chunks_is_refused(run, example, tmp_path, weights):
+def test_a_mean_of_several_chunks_is_skipped(run, example, tmp_path, weights):
     name = "encodec_48khz"
     run("--dataset", "sample", "--max_samples", "9", "--model", name, weights=weights(name))
     path, folder = tmp_path / "out" / "tokenized_sample.csv", tmp_path / "heard"
     table = pd.read_csv(path, keep_default_na=False)
     table.iloc[[0, 8]].to_csv(path, index=False)  # click.wav and steps.wav
-    out = example(decode, path, ROOT / "tests" / "sample", folder, "--weights", weights(name))
-    assert "steps.wav is refused: a mean of 2 chunks is no codes." in out
+    out = example(decode, path, folder, "--weights", weights(name))
+    assert "steps.wav skipped: this row averages 2 chunks and cannot be decoded" in out
     found = wavs(folder)
-    assert list(found) == ["000_click_decoded.wav", "000_click_original.wav"]
-    assert found["000_click_decoded.wav"].shape == (2, 96_000)
+    assert list(found) == ["000_click_decoded.wav"]  # originals are optional
+    assert found["000_click_decoded.wav"].shape[0] == 2
     assert abs(found["000_click_decoded.wav"]).max() > 0.5  # its level is not the original's
-    made = json.loads(path.with_suffix(".json").read_text())
-    assert made["weights_file"] == f"{name}.th"
+
+
+def test_other_weights_than_the_tokens_are_refused(run, example, tmp_path, weights, capsys):
+    run("--dataset", "sample", "--max_samples", "1", weights=weights("encodec_24khz"))
+    path = tmp_path / "out" / "tokenized_sample.csv"
+    for given, says in {
+        "untrained": "the tokens were made with other weights (encodec_24khz.th, SHA-256 ",
+        weights("encodec_48khz"): "they are those of encodec_48khz",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            example(decode, path, tmp_path / "heard", "--weights", given)
+        assert says in str(stop.value)
+
+
+# ----------------------------------------------------------------------------- programs of README
+
+
+@pytest.mark.parametrize("command", ["benchmark.py --smoke", "aggregations.py --smoke"])
+def test_a_program_of_readme_runs(command, tmp_path):
+    """In its short form."""
+    program, *flags = command.split()
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / program, *flags],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n| ") >= 4

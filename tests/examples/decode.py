@@ -1,10 +1,11 @@
-"""Decode rows of tokens to WAV files, each beside its original.
+"""Decode rows of tokens to WAV files, each beside its original if that is there.
 
-    pip install encodec numpy pandas pyarrow soundfile torch torchaudio
-    python tests/examples/decode.py work/tokenized/tokenized_sample.csv tests/sample heard --rows 3
+    pip install -r requirements.txt pyarrow
+    python tests/examples/decode.py work/tokenized/tokenized_sample.csv heard --audio_dir tests/sample
 
-The tokens are a CSV or Parquet file, with its tokenized_<stem>.json beside it. A row may be a whole
-clip or a chunk. The mean of several chunks holds no EnCodec codes, so such a row is refused.
+The tokens are a CSV or Parquet file with its JSON beside it, which names the model and the weights.
+A row may be a whole clip or a chunk; a row that averages several chunks cannot be decoded, and is
+skipped. Tokens that a model made (see sequence_model.py) have no originals.
 
 The 48 kHz model encodes segments of 1 s that overlap by 1 %, so they are decoded one by one and
 joined with that overlap. The model divides each segment by its loudness first, and the tokens do
@@ -15,6 +16,7 @@ sound, not its level. --scale_from_original computes the scale from the original
 import argparse
 import ast
 import json
+import sys
 from bisect import bisect_left
 from math import ceil
 from pathlib import Path
@@ -23,8 +25,10 @@ import numpy as np
 import pandas as pd
 import soundfile
 import torch
-import torchaudio
 from encodec import EncodecModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import encodec_tokenizer as script
 
 HOP = 320  # samples in a frame, of both models
 
@@ -69,22 +73,42 @@ def loudness(model: EncodecModel, audio: torch.Tensor) -> list[torch.Tensor]:
     return [1e-8 + part.pow(2).mean().sqrt().view(1, 1) for part in mono]
 
 
-def load(path: Path, model: EncodecModel) -> torch.Tensor:
-    """A file as the model wants it, [C, T]."""
-    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    audio = torch.from_numpy(samples.T.copy())
-    if len(audio) != model.channels:
-        audio = audio.mean(dim=0, keepdim=True).repeat(model.channels, 1)
-    return torchaudio.transforms.Resample(rate, model.sample_rate)(audio)
+def load_model(made: dict, weights: str) -> EncodecModel:
+    """The model that the JSON names; ends the program if the weights are not those of the tokens."""
+    names = {key: made["settings"][key] for key in ("model", "bandwidth")}
+    try:
+        settings = script.Settings(**names, weights=weights)
+        model, digest = script.load_model(settings, script.find_weights(settings))
+    except script.UserError as error:
+        sys.exit(f"error: {error}")
+    if digest != made["settings"]["weights"]:
+        sys.exit(
+            f"error: the tokens were made with other weights ({made['weights_file']}, SHA-256 "
+            f"{made['settings']['weights'][:16]}) than --weights {weights} ({digest[:16]})"
+        )
+    return model
+
+
+def original(row: pd.Series, folder: Path | None, settings: script.Settings) -> torch.Tensor | None:
+    """The audio [C, T] that a row was made of, or None if its file is not there."""
+    path = folder / row["fname"] if folder else None
+    if path is None or not path.is_file():
+        return None
+    audio = script.load_sound(path, None, settings)
+    if settings.whole:
+        return audio
+    starts, chunks = script.split_chunks(audio, settings)
+    rate = script.MODELS[settings.model].sample_rate
+    return chunks[starts.index(round(row.get("start_sec", 0) * rate))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokens", type=Path, help="tokenized_<stem>.csv or .parquet")
-    parser.add_argument("audio_dir", type=Path, help="the folder of the originals")
-    parser.add_argument("out", type=Path, help="the folder to write to")
-    parser.add_argument("--weights", default="pretrained", help="or a checkpoint file")
-    parser.add_argument("--rows", type=int, default=5, help="how many rows, from the first")
+    parser.add_argument("out", type=Path, help="folder to write to")
+    parser.add_argument("--audio_dir", type=Path, help="folder of the originals (optional)")
+    parser.add_argument("--weights", default="pretrained", help="those of the tokenizer's run")
+    parser.add_argument("--rows", type=int, default=5, help="number of rows, from the first")
     parser.add_argument("--scale_from_original", action="store_true", help="48 kHz only")
     args = parser.parse_args()
     if args.tokens.suffix == ".parquet":
@@ -92,32 +116,28 @@ def main() -> None:
     else:
         table = pd.read_csv(args.tokens, keep_default_na=False, nrows=args.rows)
     made = json.loads(args.tokens.with_suffix(".json").read_text(encoding="utf-8"))
-    build = getattr(EncodecModel, made["model"].replace("encodec_", "encodec_model_"))
-    model = build(pretrained=args.weights == "pretrained")
-    if args.weights != "pretrained":
-        model.load_state_dict(torch.load(args.weights, map_location="cpu", weights_only=True))
+    model = load_model(made, args.weights)
+    names = ("model", "whole", "target_duration", "overlap")
+    known = {name: made["settings"][name] for name in names if name in made["settings"]}
+    settings = script.Settings(**known, device="cpu")
     args.out.mkdir(parents=True, exist_ok=True)
     for i, row in table.iterrows():
         one_chunk = row["num_chunks"] == 1 or "start_sec" in row
-        if not one_chunk and made["aggregate"] == "mean":
-            print(f"{row['fname']} is refused: a mean of {row['num_chunks']} chunks is no codes.")
+        if not one_chunk and made["settings"].get("aggregate") == "mean":
+            count = row["num_chunks"]
+            print(f"{row['fname']} skipped: this row averages {count} chunks and cannot be decoded")
             continue
-        heard, scales = load(args.audio_dir / row["fname"], model), None
-        if one_chunk and not made.get("whole"):  # cut and pad it as the script did
-            size = round(made["target_duration"] * model.sample_rate)
-            heard = heard[:, round(row.get("start_sec", 0) * model.sample_rate) :][:, :size]
-            heard = torch.nn.functional.pad(heard, (0, size - heard.shape[1]))
-        if args.scale_from_original and model.normalize and one_chunk:
-            scales = loudness(model, heard)
-        decoded = decode(model, row_codes(row), scales)[:, : heard.shape[1]]
-        if model.normalize and not scales:
+        heard = original(row, args.audio_dir, settings) if one_chunk else None
+        scaled = args.scale_from_original and model.normalize and heard is not None
+        decoded = decode(model, row_codes(row), loudness(model, heard) if scaled else None)
+        if model.normalize and not scaled:
             decoded = decoded / decoded.abs().max().clamp(min=1)  # WAV holds -1 to 1
         name = args.out / f"{i:03d}_{Path(row['fname']).stem}"
-        for kind, audio in {"original": heard, "decoded": decoded}.items():
-            soundfile.write(f"{name}_{kind}.wav", audio.T.numpy(), model.sample_rate)
-        seconds = decoded.shape[1] / model.sample_rate
-        levels = [f"{audio.pow(2).mean().sqrt():.3f}" for audio in (heard, decoded)]
-        print(f"{name}_decoded.wav: {seconds:.2f} s, RMS {levels[1]}; the original's {levels[0]}")
+        if heard is not None:
+            decoded = decoded[:, : heard.shape[1]]
+            soundfile.write(f"{name}_original.wav", heard.T.numpy(), model.sample_rate)
+        soundfile.write(f"{name}_decoded.wav", decoded.T.numpy(), model.sample_rate)
+        print(f"{name}_decoded.wav: {decoded.shape[1] / model.sample_rate:.2f} s")
 
 
 if __name__ == "__main__":

@@ -3,17 +3,22 @@
     pip install numpy pandas pyarrow torch
     python encodec_tokenizer.py --dataset curated --whole --parquet
     python tests/examples/sequence_model.py work/tokenized/tokenized_train_curated.parquet
+    python tests/examples/decode.py work/tokenized/generated.csv heard
 
 Each codebook gets ids of its own: code c of codebook k is id 1024 * k + c. The frames of a clip are
 interleaved: all codebooks of frame 0, then of frame 1, and so on. An end id closes each clip. The
 clips follow each other in one stream, which is cut into blocks of one length, without padding.
 The program prints the loss of the first and of the last step beside ln(vocabulary), which is the
-loss of a model that finds every id equally likely. It is the loss on the training clips.
+loss of a model that finds every id equally likely. It is the loss on the training clips. Then it
+writes a clip that the model makes up to generated.csv, which decode.py turns into sound. After a
+few steps that is noise: such a small model shows the way, not the result.
 """
 
 import argparse
 import ast
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -66,8 +71,10 @@ class GPT(nn.Module):
         return self.head(self.layers(x, self.mask[:length, :length], is_causal=True))
 
 
-def train(stream: np.ndarray, vocabulary: int, steps: int, length: int, batch: int) -> list[float]:
-    """Train on random blocks of `length` ids. Returns the loss of each step."""
+def train(
+    stream: np.ndarray, vocabulary: int, steps: int, length: int, batch: int
+) -> tuple[GPT, list[float]]:
+    """Train on random blocks of `length` ids. Returns the model, and the loss of each step."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     count = (len(stream) - 1) // length  # what is left over at the end of the stream is not used
@@ -86,22 +93,50 @@ def train(stream: np.ndarray, vocabulary: int, steps: int, length: int, batch: i
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses
+    return model.eval(), losses
+
+
+@torch.no_grad()
+def generate(model: GPT, codebooks: int, frames: int) -> np.ndarray:
+    """Draw the codes [K, F] of a clip, id by id; at each place only codes of its codebook."""
+    ids = torch.tensor([[CODES * codebooks]], device=model.mask.device)  # the end of another clip
+    for place in range(frames * codebooks):
+        first = CODES * (place % codebooks)
+        logits = model(ids[:, -len(model.mask) :])[0, -1, first : first + CODES]
+        drawn = first + torch.multinomial(logits.softmax(dim=0), 1)
+        ids = torch.cat([ids, drawn[None]], dim=1)
+    return ids[0, 1:].view(frames, codebooks).T.cpu().numpy() % CODES
+
+
+def write_generated(codes: np.ndarray, parquet: Path) -> Path:
+    """Write codes [K, F] as a row beside the training clips, with a copy of their JSON."""
+    path = parquet.with_name("generated.csv")
+    text = " ".join(map(str, codes.ravel()))
+    row = {"fname": "generated", "num_chunks": 1, "token_shape": str(codes.shape), "tokens": text}
+    pd.DataFrame([row]).to_csv(path, index=False)
+    shutil.copy(parquet.with_suffix(".json"), path.with_suffix(".json"))
+    return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parquet", help="tokenized_<stem>.parquet of a run with --whole --parquet")
+    parser.add_argument(
+        "parquet", type=Path, help="tokenized_<stem>.parquet of a run with --whole --parquet"
+    )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--length", type=int, default=256, help="ids in a block")
     parser.add_argument("--batch", type=int, default=4, help="blocks in a step")
+    parser.add_argument("--frames", type=int, default=150, help="frames of the generated clip")
     args = parser.parse_args()
     clips = read_clips(args.parquet)
     stream, vocabulary = pack(clips), CODES * len(clips[0]) + 1
     print(f"{len(clips)} clips, {len(stream)} ids, {vocabulary} different ones possible")
-    losses = train(stream, vocabulary, args.steps, args.length, args.batch)
+    model, losses = train(stream, vocabulary, args.steps, args.length, args.batch)
     print(f"ln(vocabulary) {math.log(vocabulary):.2f}")
     print(f"loss of step 1 {losses[0]:.2f}, of step {len(losses)} {losses[-1]:.2f}")
+    print(
+        f"generated: {write_generated(generate(model, len(clips[0]), args.frames), args.parquet)}"
+    )
 
 
 if __name__ == "__main__":
