@@ -218,7 +218,7 @@ def test_a_mean_of_several_chunks_is_skipped(run, example, tmp_path, weights):
     assert abs(found["000_click_decoded.wav"]).max() > 0.5  # its level is not the original's
 
 
-def test_other_weights_than_the_tokens_are_refused(run, example, tmp_path, weights, capsys):
+def test_other_weights_than_the_tokens_are_refused(run, example, tmp_path, weights):
     run("--dataset", "sample", "--max_samples", "1", weights=weights("encodec_24khz"))
     path = tmp_path / "out" / "tokenized_sample.csv"
     for given, says in {

@@ -1,7 +1,7 @@
 """Decode rows of tokens to WAV files, each beside its original if that is there.
 
     pip install -r requirements.txt pyarrow
-    python tests/examples/decode.py work/tokenized/tokenized_sample.csv heard --audio_dir tests/sample
+    python tests/examples/decode.py work/tokenized/tokenized_sample.csv heard --rows 3
 
 The tokens are a CSV or Parquet file with its JSON beside it, which names the model and the weights.
 A row may be a whole clip or a chunk; a row that averages several chunks cannot be decoded, and is
@@ -74,7 +74,7 @@ def loudness(model: EncodecModel, audio: torch.Tensor) -> list[torch.Tensor]:
 
 
 def load_model(made: dict, weights: str) -> EncodecModel:
-    """The model that the JSON names; ends the program if the weights are not those of the tokens."""
+    """The model that the JSON names; ends the program if the tokens are of other weights."""
     names = {key: made["settings"][key] for key in ("model", "bandwidth")}
     try:
         settings = script.Settings(**names, weights=weights)
