@@ -1083,42 +1083,44 @@ class Encoder:
         """Encode chunks [C, T]; yields the codes [K, F], uint16, and the latents [D, F] of each.
 
         Segments are sorted by length, the longest first. Each is convolved on a core of its own,
-        and batches of one length go through the LSTM and the codebooks. The pool's order is first
-        in, first out, so no batch waits for a convolution that has not started.
+        and batches of one length go through the LSTM and the codebooks. The pool is first in, first
+        out, and a batch stands behind the convolutions of the next one, so that none waits long for
+        its own, and the LSTM, which reads memory, runs beside convolutions, which compute.
         """
         segments = [(number, part) for number, c in enumerate(chunks) for part in self.segments(c)]
         segments.sort(key=lambda segment: -segment[1].shape[1])  # those of a chunk stay in order
-        pool, batches = one_core_pool(self.threads, os.getpid()), [[] for _ in chunks]
-        convolved = [pool.submit(self.convolve, samples) for _, samples in segments]
-        lengths = [samples.shape[1] for _, samples in segments]
-        for _, same in groupby(range(len(segments)), key=lengths.__getitem__):
+        pool, size, batches = one_core_pool(self.threads, os.getpid()), self.settings.batch_size, []
+        for _, same in groupby(segments, key=lambda segment: segment[1].shape[1]):
             same = list(same)
-            for first in range(0, len(same), self.settings.batch_size):
-                batch = same[first : first + self.settings.batch_size]
-                future = pool.submit(self.quantize_batch, [convolved[i] for i in batch])
-                for place, i in enumerate(batch):
-                    batches[segments[i][0]].append((future, place))
-                    convolved[i] = None  # memory
-        for parts in batches:
-            results = [(*future.result(), place) for future, place in parts]
-            codes = np.concatenate([codes[place] for codes, _, place in results], axis=1)
-            yield codes, torch.cat([latents[place] for _, latents, place in results], dim=1)
+            batches += [same[first : first + size] for first in range(0, len(same), size)]
+        results, previous, numbers = [[] for _ in chunks], [], []
+        for batch in [*batches, []]:
+            convolved = [pool.submit(self.convolve, samples) for _, samples in batch]
+            if previous:
+                future = pool.submit(self.quantize_batch, previous)
+                for place, number in enumerate(numbers):
+                    results[number].append((future, place))
+            previous, numbers = convolved, [number for number, _ in batch]
+        for parts in results:
+            done = [(*future.result(), place) for future, place in parts]
+            codes = np.concatenate([codes[place] for codes, _, place in done], axis=1)
+            yield codes, torch.cat([latents[place] for _, latents, place in done], dim=1)
 
     def segments(self, chunk: torch.Tensor) -> list[torch.Tensor]:
         """Cut a chunk [C, T] as EncodecModel.encode does; its segments' codes follow each other.
 
-        The 24 kHz model takes it in one piece, the 48 kHz model in segments of 1 s that overlap by
-        1 %, each divided by its loudness.
+        The 24 kHz model takes it whole, the 48 kHz model in segments of 1 s that overlap by 1 %.
         """
         length = self.model.segment_length or chunk.shape[1]
         starts = range(0, chunk.shape[1], self.model.segment_stride or length)
-        segments = [chunk[:, start : start + length] for start in starts]
-        if not self.model.normalize:
-            return segments
-        return [s / (1e-8 + s.mean(dim=0).pow(2).mean().sqrt()) for s in segments]
+        return [chunk[:, start : start + length] for start in starts]
 
+    @torch.inference_mode()
     def convolve(self, segment: torch.Tensor) -> torch.Tensor:
-        return segment  # a GPU convolves whole batches
+        """Divide a segment [C, T] by its loudness, as EncodecModel does. A GPU convolves later."""
+        if not self.model.normalize:
+            return segment
+        return segment / (1e-8 + segment.mean(dim=0).pow(2).mean().sqrt())
 
     def latents(self, convolved: list[torch.Tensor]) -> torch.Tensor:
         """Turn the results of `convolve` for B segments into the encoder's output [B, D, F]."""
@@ -1253,7 +1255,7 @@ class CpuEncoder(Encoder):
         memory for longer segments; `tails` holds the inputs that each convolution needs from the
         piece before. The 48 kHz model looks ahead and normalizes over time: it takes one piece.
         """
-        x, tails = segment.T.contiguous(), {}  # [T, C]
+        x, tails = super().convolve(segment).T.contiguous(), {}  # [T, C]
         piece = 50 * self.hop if self.causal else len(x)
         sizes = [piece] * (len(x) // piece - 1)
         pieces = []

@@ -24,7 +24,7 @@ def test_the_examples_print_what_they_say(run, weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(encodec_tokenizer, "find_weights", lambda _: weights("encodec_24khz"))
     scope = {}
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 4
     for example in EXAMPLES:
         out = io.StringIO()
         with redirect_stdout(out):
