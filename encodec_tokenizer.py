@@ -616,11 +616,9 @@ def read_table(csv_path: Path) -> tuple[list[str], list[dict[str, str]]]:
     if not header:
         raise UserError(f"{csv_path} is empty")
     if not {name.lower() for name in header} & set(NAME_COLUMNS):
-        raise UserError(
-            f"{csv_path} has no column {', '.join(NAME_COLUMNS[:-1])} or {NAME_COLUMNS[-1]}, only "
-            f"{', '.join(header[:8])} (separated by {SEPARATORS[separator]}): rename the column "
-            "of the files' names"
-        )
+        columns = f"{', '.join(header[:8])} (separated by {SEPARATORS[separator]})"
+        names = f"{', '.join(NAME_COLUMNS[:-1])} or {NAME_COLUMNS[-1]}"
+        raise UserError(f"{csv_path} has no column {names}, only {columns}: rename the right one")
     if not rows:
         raise UserError(f"{csv_path} lists no clips: nothing follows its header")
     return header, rows
@@ -1854,18 +1852,16 @@ def write_outputs(job: Job) -> int:
             failed.unlink(missing_ok=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    see = f", {len(failures):,} failed (see {failed})" if failures else ", 0 failed"
+    see = f" (see {failed})" if failures else ""
     if not num_done:
-        stays = f"; {job.csv} stays as it is" if job.csv.exists() else f"; all reasons: {failed}"
+        more = f"{job.csv} stays as it is" if job.csv.exists() else f"all reasons: {failed}"
         none = f"error: none of {counted(len(clips), 'clip')} could be tokenized"
-        say(f"{none}. {': '.join(failures[0])}{stays}")
+        say(f"{none}. {': '.join(failures[0])}; {more}")
         return 1
-    line = (
-        f"{job.csv}: {counted(num_done, 'clip')} tokenized ({num_new:,} encoded now, "
-        f"{num_done - num_new:,} already there){see}. Summary: {job.output('summary', 'txt')}"
-    )
+    counts = f"{num_new:,} encoded now, {num_done - num_new:,} already there"
+    done = f"{counted(num_done, 'clip')} tokenized ({counts}), {len(failures):,} failed{see}"
     with suppress(OSError):  # a closed stdout is no error: the files are there all the same
-        print(line, flush=True)
+        print(f"{job.csv}: {done}. Summary: {job.output('summary', 'txt')}", flush=True)
     return 0
 
 
@@ -2049,8 +2045,7 @@ def main(argv: list[str] | None = None, settings: Settings | None = None) -> int
             signal.signal(other, signal.SIG_IGN)
         raise Interrupted(128 + number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, interrupt) for number in numbers}
+    previous = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         return run(settings)
     except Interrupted as interrupted:
@@ -2064,8 +2059,7 @@ def main(argv: list[str] | None = None, settings: Settings | None = None) -> int
     except Exception as error:
         if settings.debug:
             traceback.print_exc()
-        hint = "(--debug shows a traceback)"
-        status, message = 1, f"error: {type(error).__name__}: {error} {hint}"
+        status, message = 1, f"error: {type(error).__name__}: {error} (--debug tells more)"
     finally:
         torch.set_num_threads(THREADS)
         for number, handler in previous.items():
