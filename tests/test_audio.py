@@ -5,7 +5,10 @@ import io
 import os
 import random
 import re
+import struct
 import zlib
+from itertools import product
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,8 +16,10 @@ import reference
 import soundfile
 import torch
 
-import encodec_tokenizer
-from encodec_tokenizer import BadClip, Settings, read_audio, resample
+from encodec_tokenizer import MODELS, BadClip, Settings, read_audio, resample
+
+# A case that fails because of a bug in the script. Strict: the mark has to go with the bug.
+BUG = pytest.mark.xfail(strict=True, reason="a bug in the script")
 
 
 def encoded(samples, rate, kind, subtype=None, **options):
@@ -22,6 +27,11 @@ def encoded(samples, rate, kind, subtype=None, **options):
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format=kind, subtype=subtype, **options)
     return file.getvalue()
+
+
+def plain(path):
+    """What soundfile gives: [C, T]."""
+    return soundfile.read(path, dtype="float32", always_2d=True)[0].T
 
 
 def read_or_reason(path, data=None, limit_s=600):
@@ -41,50 +51,50 @@ def read_or_reason(path, data=None, limit_s=600):
 
 @pytest.mark.parametrize("model, channels_out", [("encodec_24khz", 1), ("encodec_48khz", 2)])
 @pytest.mark.parametrize("channels", [1, 2, 3, 8])
-@pytest.mark.parametrize("rate", [8_000, 11_127, 22_050, 44_100, 48_000, 96_000])
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000, 96_000])
 def test_rates_and_channels_are_converted_as_encodec_does(
     rate, channels, model, channels_out, tmp_path, sound
 ):
-    if (rate, channels_out) == (11_127, 2):
-        pytest.skip("at 48 kHz this rate is approximated")
     path, settings = tmp_path / "a.wav", Settings(model=model, device="cpu")
     soundfile.write(path, sound(0.25, rate, channels), rate, subtype="FLOAT")
     samples, file_rate, _ = read_audio(path, channels_out, 600)
     ours = resample(samples, file_rate, settings)
-    theirs = reference.load(path, encodec_tokenizer.MODELS[model].sample_rate, channels_out)
+    theirs = reference.load(path, MODELS[model].sample_rate, channels_out)
     assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-6)
 
 
+def test_11_127_hz_is_resampled_exactly(tmp_path, sound, capsys):
+    """The old Macintosh's rate: the filter has 2^24.8 entries."""
+    soundfile.write(tmp_path / "a.wav", sound(0.25, 11_127), 11_127)
+    samples, rate, _ = read_audio(tmp_path / "a.wav", 1, 600)
+    ours = resample(samples, rate, Settings(device="cpu"))
+    assert torch.allclose(ours, reference.load(tmp_path / "a.wav", 24_000, 1), atol=1e-6)
+    assert capsys.readouterr().err == ""
+
+
 def test_an_odd_rate_is_approximated_and_named_once(run, tmp_path, sound):
-    for i in range(40):
+    for i in range(18):
         soundfile.write(tmp_path / f"{i}.wav", sound(0.05, 44_101, seed=i % 3), 44_101)
     status, _, err = run("--audio_dir", tmp_path, "--target_duration", "0.1")
     assert status == 0 and err.count("note: the sample rate 44101 Hz is met to within 0.01 %") == 1
 
 
-def formats():
-    for kind in soundfile.available_formats():
-        for subtype in soundfile.available_subtypes(kind):
-            if kind not in ("RAW", "SD2") and soundfile.check_format(kind, subtype):
-                yield kind, subtype
-
-
 def test_every_format_of_libsndfile_gives_soundfiles_samples(tmp_path, sound):
+    kinds, subtypes = soundfile.available_formats(), soundfile.available_subtypes()
     read = 0
-    for kind, subtype in formats():
-        for channels in (1, 2):
-            path = tmp_path / f"{kind}_{subtype}_{channels}.{kind.lower()}"
-            try:
-                soundfile.write(path, sound(0.3, 8_000, channels), 8_000, subtype, format=kind)
-                expected = soundfile.read(path, dtype="float32", always_2d=True)[0].T
-            except soundfile.LibsndfileError:
-                continue  # it takes no stereo, or not this rate
-            ours = read_or_reason(path)
-            if np.abs(expected).max() > 100:
-                assert "audio lies between -1 and 1" in ours, path.name
-            else:
-                assert np.array_equal(ours, expected), (path.name, ours)
-                read += 1
+    for kind, subtype, channels in product(kinds, subtypes, (1, 2)):
+        path = tmp_path / f"{subtype}_{channels}.{kind.lower()}"
+        try:
+            soundfile.write(path, sound(0.3, 8_000, channels), 8_000, subtype, format=kind)
+            expected = plain(path)
+        except (TypeError, ValueError, soundfile.LibsndfileError):
+            continue  # RAW, no such pair, no stereo, or not this rate
+        found = read_or_reason(path)
+        if np.abs(expected).max() > 100:
+            assert "audio lies between -1 and 1" in found, path.name
+        else:
+            assert np.array_equal(found, expected), (path.name, found)
+            read += 1
     assert read > 60
 
 
@@ -135,54 +145,58 @@ ID3V1 = b"TAG" + bytes(range(125))
 LYRICS = b"LYRICSBEGININD0000200LYR00004text000033LYRICS200" + ID3V1
 
 
-def mp3_in_wav(mp3, rate):
-    fmt = np.array([85, 1], "<u2").tobytes() + np.array([rate, 16_000], "<u4").tobytes()
-    fmt += np.array([1, 0, 12, 1], "<u2").tobytes() + np.array([2], "<u4").tobytes()
-    fmt += np.array([418, 1, 0], "<u2").tobytes()
-    chunks = b"fmt " + len(fmt).to_bytes(4, "little") + fmt
-    chunks += b"data" + len(mp3).to_bytes(4, "little") + mp3
-    return b"RIFF" + (4 + len(chunks)).to_bytes(4, "little") + b"WAVE" + chunks
+def mp3_in_wav(mp3):
+    """It has WAVE_FORMAT_MPEGLAYER3 (mmreg.h)."""
+    fmt = struct.pack("<HHIIHHHHIHHH", 85, 1, 44_100, 16_000, 1, 0, 12, 1, 2, 418, 1, 0)
+    chunks = b"fmt " + struct.pack("<I", len(fmt)) + fmt + b"data" + struct.pack("<I", len(mp3))
+    return b"RIFF" + struct.pack("<I", len(chunks) + len(mp3) + 4) + b"WAVE" + chunks + mp3
 
 
 def unknown_length(flac):
     return flac[:21] + bytes([flac[21] & 0xF0]) + bytes(4) + flac[26:]
 
 
-ODD = {  # what it is -> its ending, the clean file's kind, and what is done to its bytes
-    "MP3 with a large cover": (".mp3", "MP3", lambda data: tag(300_000) + data),
-    "MP3 with an ID3v1 tag behind it": (".mp3", "MP3", lambda data: data + ID3V1),
-    "MP3 with lyrics behind it": (".mp3", "MP3", lambda data: data + LYRICS),
-    "OGG with bytes behind it": (".ogg", "OGG", lambda data: data + b"\0x"),
-    "OGG without its last flag": (".ogg", "OGG", lambda data: ogg_pages(data, no_last_flag)),
-    "FLAC with an ID3v1 tag behind it": (".flac", "FLAC", lambda data: data + ID3V1),
-    "FLAC with an unknown length": (".flac", "FLAC", unknown_length),
-    "WAV with a chunk behind its audio": (".wav", "WAV", lambda data: data + b"LIST\4\0\0\0junk"),
-    "WAV under another ending": (".mp3", "WAV", lambda data: data),
-    "WAV from a pipe": (".wav", "WAV", lambda d: d.replace(d[36:44], b"data\xff\xff\xff\xff", 1)),
+def patched(data, marker, skip, new):
+    """A file's bytes with others at `skip` bytes from a chunk's name."""
+    at = data.index(marker) + skip
+    return data[:at] + new + data[at + len(new) :]
+
+
+W64_LIST = bytes.fromhex("6c6973742f91cf11a5d628db04c10000") + b"\x68" + bytes(87)
+ODD = {  # what it is -> its ending, the clean file's format, and what is done to its bytes
+    "MP3 with a large cover": ("mp3", "MP3", lambda data: tag(300_000) + data),
+    "MP3 with an ID3v1 tag behind it": ("mp3", "MP3", lambda data: data + ID3V1),
+    "MP3 with lyrics behind it": ("mp3", "MP3", lambda data: data + LYRICS),
+    "MP3 behind zeros": ("mp3", "MP3", lambda data: bytes(3_000) + data),
+    "MP3 inside a WAV": ("wav", "MP3", mp3_in_wav),
+    "OGG with bytes behind it": ("ogg", "OGG", lambda data: data + b"\0x"),
+    "OGG without its last flag": ("ogg", "OGG", lambda data: ogg_pages(data, no_last_flag)),
+    "Opus joined in mid-stream": ("opus", "OGG OPUS", lambda data: ogg_pages(data, later)),
+    "FLAC with an ID3v1 tag behind it": ("flac", "FLAC", lambda data: data + ID3V1),
+    "FLAC with an unknown length": ("flac", "FLAC", unknown_length),
+    "FLAC behind an ID3v2 tag": ("flac", "FLAC", lambda data: tag(50) + data),
+    "WAV with a chunk behind its audio": ("wav", "WAV", lambda data: data + b"LIST\4\0\0\0junk"),
+    "WAV under another ending": ("mp3", "WAV", lambda data: data),
+    "WAV from a pipe": ("wav", "WAV", lambda data: patched(data, b"data", 4, b"\xff" * 4)),
+    "WAV with a wrong RIFF size": ("wav", "WAV", lambda data: patched(data, b"RIFF", 4, bytes(4))),
+    "ADPCM with a wrong count": ("wav", "WAV IMA_ADPCM", lambda d: patched(d, b"fact", 8, b"\1")),
+    "AU from a pipe": ("au", "AU", lambda data: patched(data, b".snd", 8, b"\xff" * 4)),
+    "AIFF with bytes behind it": ("aiff", "AIFF", lambda data: data + bytes(3_000)),
+    # A bug: the file's size is taken for the audio's.
+    "RF64, wrong file size": ("rf64", "RF64", lambda d: patched(d, b"ds64", 10, b"\xff"), BUG),
+    # A bug: libsndfile takes the chunk for samples; its log has the right size.
+    "W64 with a chunk behind its audio": ("w64", "W64", lambda data: data + W64_LIST, BUG),
 }
+ODD = [pytest.param(*case[:3], id=name, marks=case[3:]) for name, case in ODD.items()]
 
 
-@pytest.mark.parametrize("ending, kind, change", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("ending, kind, change", ODD)
 def test_an_odd_but_intact_file_is_read_right(ending, kind, change, tmp_path, sound):
-    clean = encoded(sound(1.5), 44_100, kind)
-    expected = soundfile.read(io.BytesIO(clean), dtype="float32", always_2d=True)[0].T
-    assert np.array_equal(read_or_reason(tmp_path / f"odd{ending}", change(clean)), expected)
-
-
-def test_an_opus_stream_joined_midway_is_read_as_from_its_start(tmp_path, sound):
-    clean = encoded(sound(1.5, 48_000), 48_000, "OGG", "OPUS")
-    (tmp_path / "clean.opus").write_bytes(clean)
-    expected = soundfile.read(tmp_path / "clean.opus", dtype="float32", always_2d=True)[0].T
-    found = read_or_reason(tmp_path / "a.opus", ogg_pages(clean, later))
-    assert np.array_equal(found, expected)
-
-
-def test_an_mp3_inside_a_wav_is_read(tmp_path, sound):
-    data = mp3_in_wav(encoded(sound(1.5), 44_100, "MP3"), 44_100)
-    (tmp_path / "a.wav").write_bytes(data)
-    expected = soundfile.read(tmp_path / "a.wav", dtype="float32", always_2d=True)[0].T
-    assert expected.shape[1] > 44_100
-    assert np.array_equal(read_or_reason(tmp_path / "a.wav"), expected)
+    rate = 48_000 if "OPUS" in kind else 44_100
+    clean = encoded(sound(1.5, rate), rate, *kind.split())
+    (tmp_path / f"clean.{ending}").write_bytes(clean)
+    found = read_or_reason(tmp_path / f"odd.{ending}", change(clean))
+    assert np.array_equal(found, plain(tmp_path / f"clean.{ending}"))
 
 
 @pytest.mark.parametrize("unknown", ["format", "encoding"])
@@ -199,49 +213,62 @@ def test_torchaudio_reads_what_libsndfile_does_not_know(unknown, tmp_path, monke
 # --------------------------------------------------------------------------------------- bad files
 
 
-def bad_files(sound):
-    """name -> its bytes; what its reason must say."""
-    whole = encoded(sound(1.0), 44_100, "WAV", "FLOAT")
-    pcm = encoded(sound(1.0), 44_100, "WAV", "PCM_16")
-    page = "<!DOCTYPE html><title>404: Seite nicht verfügbar, “leider”</title>"
-    absurd = {value: np.float32(value).tobytes() for value in (np.nan, np.inf)}
-    return {
-        "empty.wav": (b"", "empty file (0 bytes)"),
-        "no_samples.wav": (encoded(np.zeros(0), 44_100, "WAV"), "no samples"),
-        "truncated.wav": (whole[:-9], "176,391 of the 176,400 bytes of audio that it promises"),
-        "size.wav": (pcm[:40] + len(pcm).to_bytes(4, "little") + pcm[44:], "88,200 of the 88,244"),
-        "size_0.wav": (pcm[:40] + bytes(4) + pcm[44:], "its header says 0 bytes of audio"),
-        "rate_0.wav": (pcm[:24] + bytes(4) + pcm[28:], "a sample rate or a number of channels of"),
-        "rate.wav": (pcm[:24] + b"\xff\xff\xff\x7f" + pcm[28:], "a sample rate of 2147483647 Hz"),
-        "scale.wav": (
-            encoded(sound(1.0) * 32768, 44_100, "WAV", "FLOAT"),
-            "audio lies between -1 and 1: divide them",
-        ),
-        "text.wav": (b"This is not audio." * 99, "not audio: the file holds text"),
-        "page.mp3": (page.encode(), "not audio: the file holds text"),
-        "page.ogg": (page.encode("utf-16"), "not audio: the file holds text"),
-        "page.flac": (page.encode("utf-16-le"), "not audio: the file holds text"),
-        "page.wav": (page.encode("cp1252"), "not audio: the file holds text"),
-        "tag.mp3": (tag(30), "no audio behind the file's tag could be decoded"),
-        "zeros.wav": (bytes(5_000), "not audio that can be read (soundfile: "),
-        "audio.raw": (pcm[44:], "raw audio without a header has no sample rate"),
-        **{f"{v}.wav": (whole[:-4] + end, "NaN or infinite samples") for v, end in absurd.items()},
-    }
+CHIRP = (0.3 * np.sin(np.arange(44_100.0) ** 2 / 1e6)).astype("float32")
+FLOAT, PCM = (encoded(CHIRP, 44_100, "WAV", subtype) for subtype in ("FLOAT", "PCM_16"))
+PAGE = "<!DOCTYPE html><title>404: Seite nicht verfügbar</title>"
+JAPANESE = "ページが見つかりません" * 9
+ENCODINGS = ["cp1252", "utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"]
+TEXT = "not audio: the file holds text"
+BAD = {  # a name and its bytes -> what its reason says
+    ("empty.wav", b""): "empty file (0 bytes)",
+    ("no_samples.wav", encoded(np.zeros(0), 44_100, "WAV")): "no samples",
+    ("truncated.wav", FLOAT[:-9]): "176,391 of the 176,400 bytes of audio that it promises",
+    ("size.wav", patched(PCM, b"data", 4, struct.pack("<I", len(PCM)))): "88,200 of the 88,244",
+    ("size_0.wav", patched(PCM, b"data", 4, bytes(4))): "its header says 0 bytes of audio",
+    ("rate_0.wav", patched(PCM, b"fmt ", 12, bytes(4))): "a sample rate or a number of channels",
+    ("rate.wav", patched(PCM, b"fmt ", 12, b"\xff\xff\xff\x7f")): "a sample rate of 2147483647 Hz",
+    ("scale.wav", encoded(CHIRP * 32768, 44_100, "WAV", "FLOAT")): "lies between -1 and 1: divide",
+    ("nan.wav", FLOAT[:-4] + np.float32("nan").tobytes()): "NaN or infinite samples",
+    ("tag.mp3", tag(30)): "no audio behind the file's tag could be decoded",
+    ("zeros.wav", bytes(5_000)): "not audio that can be read (soundfile: ",
+    ("audio.raw", PCM[44:]): "raw audio without a header has no sample rate",
+    **{(f"{kind}.mp3", PAGE.encode(kind)): TEXT for kind in ENCODINGS},
+    **{(f"{kind}.wav", JAPANESE.encode(kind)): TEXT for kind in ("shift-jis", "iso-2022-jp")},
+}
+# Bugs: these reasons are untrue, or there is a row.
+BUGS = {
+    # By these endings libsndfile takes any bytes for samples without a header.
+    **{(f"page.{end}", PAGE.encode()): TEXT for end in ("au", "snd", "vox", "gsm")},
+    ("cut.au", encoded(CHIRP, 44_100, "AU")[:10]): "",
+    # "File does not exist": libsndfile's words for what is no MP3, although its name ends so.
+    ("video.mp3", b"\0\0\0\x18ftypM4A " + bytes(range(1, 256)) * 9): "not audio that can be read",
+    ("music.m4a", b"\0\0\0\x20ftypM4A " + bytes(range(1, 256)) * 9): "not audio that can be read",
+    ("utf-16.wav", "Страница не найдена. ".encode("utf-16-le") * 9): TEXT,
+    ("erased.wav", b"\xff" * 5_000): "not audio that can be read",
+    ("list.wav", PCM[:40] + bytes(4) + b"LIST" + struct.pack("<I", 200) + bytes(200)): "no samples",
+}
+FILES = [pytest.param(*file, BAD[file], id=file[0]) for file in BAD]
+FILES += [pytest.param(*file, BUGS[file], id=file[0], marks=BUG) for file in BUGS]
 
 
-def test_every_bad_file_has_a_reason_in_plain_words(tmp_path, sound):
-    for name, (data, says) in bad_files(sound).items():
-        reason = read_or_reason(tmp_path / name, data)
-        assert isinstance(reason, str) and says in reason, (name, reason)
-        for words in ("File does not exist", "SF_INFO"):
-            assert words not in reason
+@pytest.mark.parametrize("name, data, says", FILES)
+def test_a_bad_file_has_a_reason_in_plain_words(name, data, says, tmp_path):
+    reason = read_or_reason(tmp_path / name, data)
+    assert isinstance(reason, str) and says in reason
+    assert "File does not exist" not in reason and "SF_INFO" not in reason
 
 
 def test_too_long_a_file_is_refused_by_its_header(tmp_path, monkeypatch):
-    soundfile.write(tmp_path / "a.w64", np.zeros(18_000), 40_000)
-    monkeypatch.setattr(encodec_tokenizer, "sha256_of", None)  # it is not read
+    soundfile.write(tmp_path / "a.w64", np.zeros(4_000), 8_000)
+    monkeypatch.setattr("soundfile.SoundFile.read", None)
     reason = read_or_reason(tmp_path / "a.w64", limit_s=0.4)
     assert reason == "too long: 0.5 s (limit 0.4 s, see --max_duration)"
+
+
+def test_a_flac_without_its_length_may_be_too_long(tmp_path):
+    data = unknown_length(encoded(np.zeros(4_000), 8_000, "FLAC"))
+    assert "too long: " in read_or_reason(tmp_path / "a.flac", data, limit_s=0.4)
+    assert read_or_reason(tmp_path / "a.flac", data, limit_s=0.5).shape == (1, 4_000)
 
 
 @pytest.mark.parametrize("kind", ["WAV", "AIFF", "AU", "FLAC"])
@@ -251,9 +278,10 @@ def test_each_of_100_cuts_is_refused(kind, tmp_path, sound):
     chance = random.Random(kind)
     cuts = [chance.randrange(len(data)) for _ in range(50)]
     cuts += [len(data) - missing for missing in (*range(1, 11), *chance.sample(range(11, 600), 40))]
+    path = tmp_path / f"a.{kind.lower()}"
     for length in cuts:
-        assert isinstance(read_or_reason(tmp_path / "a.wav", data[:length]), str), length
-    assert read_or_reason(tmp_path / "a.wav", data).shape == (1, 22_050)
+        assert isinstance(read_or_reason(path, data[:length]), str), length
+    assert read_or_reason(path, data).shape == (1, 22_050)
 
 
 @pytest.mark.parametrize("kind, subtype", [("MP3", None), ("OGG", "VORBIS"), ("OGG", "OPUS")])
@@ -266,7 +294,7 @@ def test_a_damaged_lossy_file_gives_soundfiles_samples_or_a_reason(kind, subtype
             bad[chance.randrange(len(bad))] ^= 1 << chance.randrange(8)
         found = read_or_reason(path, bad)
         if not isinstance(found, str):
-            assert np.array_equal(found, soundfile.read(path, dtype="float32", always_2d=True)[0].T)
+            assert np.array_equal(found, plain(path))
             good += 1
     assert 0 < good < 60
 
@@ -277,32 +305,19 @@ def test_a_damaged_lossy_file_gives_soundfiles_samples_or_a_reason(kind, subtype
 @pytest.mark.parametrize("code, fault", [(2, OSError), (17, MemoryError)])
 def test_libsndfiles_machine_faults_are_not_the_clips(code, fault, tmp_path, monkeypatch):
     (tmp_path / "a.wav").write_bytes(b"\0")
-
-    def fail(*args, **options):
-        raise soundfile.LibsndfileError(code)
-
-    monkeypatch.setattr("encodec_tokenizer.sf.SoundFile", fail)
+    monkeypatch.setattr("soundfile.SoundFile", Mock(side_effect=soundfile.LibsndfileError(code)))
     with pytest.raises(fault):
         read_audio(tmp_path / "a.wav", 1, 600)
 
 
-@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
+@pytest.mark.parametrize("kind", ["FLAC", "OGG", "MP3"])
 def test_an_io_error_that_libsndfile_hides_is_not_the_clips(kind, tmp_path, monkeypatch, sound):
     data = encoded(sound(0.5), 44_100, kind)
     (tmp_path / "a").write_bytes(data[: len(data) // 2])  # as read by libsndfile
-
-    def fail(path):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(encodec_tokenizer, "sha256_of", fail)
-    try:
+    fault = OSError(errno.EIO, os.strerror(errno.EIO))
+    monkeypatch.setattr("encodec_tokenizer.sha256_of", Mock(side_effect=fault))
+    with pytest.raises(OSError, match="Input/output error"):
         read_audio(tmp_path / "a", 1, 600)
-    except BadClip as reason:
-        assert kind == "WAV" and "promises" in str(reason)  # its header alone shows it
-    except OSError as error:
-        assert error.errno == errno.EIO
-    else:
-        raise AssertionError("half a file was read")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux counts open files there")
