@@ -26,19 +26,18 @@ from encodec_tokenizer import (
     read_clips,
 )
 
-LAYOUTS = {
+# A case that fails because of a bug in the script. Strict: the mark has to go with the bug.
+BUG = pytest.mark.xfail(strict=True, reason="a bug in the script")
+META, AUDIO = "FSDKaggle2019.meta/", "FSDKaggle2019.audio_"
+LAYOUTS = {  # where a table and its audio folder lie
     "Kaggle": ("train_curated.csv", "train_curated"),
     "Kaggle, renamed folder": ("train_curated.csv", "trn_curated"),
     "Kaggle, nested": ("freesound/train_curated.csv", "freesound/train_curated"),
     "Kaggle, folder in a folder": ("train_curated.csv", "train_curated/train_curated"),
-    "Zenodo": (
-        "FSDKaggle2019.meta/train_curated_post_competition.csv",
-        "FSDKaggle2019.audio_train_curated",
-    ),
-    "Zenodo, nested": (
-        "x/FSDKaggle2019.meta/train_curated_post_competition.csv",
-        "x/FSDKaggle2019.audio_train_curated",
-    ),
+    "Kaggle, test": ("sample_submission.csv", "test"),
+    "Zenodo": (f"{META}train_curated_post_competition.csv", f"{AUDIO}train_curated"),
+    "Zenodo, nested": (f"x/{META}train_curated_post_competition.csv", f"x/{AUDIO}train_curated"),
+    "Zenodo, test": (f"{META}test_post_competition.csv", f"{AUDIO}test"),
 }
 
 
@@ -58,10 +57,6 @@ def cells(clips):
     return [(clip.fname, clip.labels) for clip in clips]
 
 
-def find(root, stem="train_curated"):
-    return find_dataset(Settings(input_dir=root), stem)
-
-
 def read(tmp_path, content, settings=None, keep_extra=False):
     """What read_clips makes of a CSV's content: the names of the further columns, and the clips."""
     path = tmp_path / "clips.csv"
@@ -72,31 +67,24 @@ def read(tmp_path, content, settings=None, keep_extra=False):
 # -------------------------------------------------------------------------------- FSDKaggle2019
 
 
-@pytest.mark.parametrize("csv_name, folder_name", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("csv_name, folder_name", LAYOUTS.values(), ids=LAYOUTS)
 def test_both_layouts_are_found(csv_name, folder_name, tmp_path):
-    lay_out(tmp_path, csv_name, folder_name)
-    dataset = find(tmp_path)
-    assert (dataset.stem, dataset.columns) == ("train_curated", ())
+    """Kaggle lists its test clips in the sample submission, without labels."""
+    labels = "" if "submission" in csv_name else "Bark"
+    text = "fname,Bark\na.wav,0\n" if not labels else "fname,labels,license\na.wav,Bark,CC0\n"
+    lay_out(tmp_path, csv_name, folder_name, text)
+    stem = "test" if folder_name.endswith("test") else "train_curated"
+    dataset = find_dataset(Settings(input_dir=tmp_path), stem)
+    assert (dataset.stem, dataset.columns) == (stem, ())
     assert dataset.audio_dir == tmp_path / folder_name
-    assert cells(dataset.clips) == [("a.wav", "Bark")]
-
-
-def test_kaggles_test_set_is_listed_by_the_sample_submission(tmp_path):
-    lay_out(tmp_path, "sample_submission.csv", "test", "fname,Bark,Meow\na.wav,0,0\n")
-    assert cells(find(tmp_path, "test").clips) == [("a.wav", "")]
-
-
-def test_zenodos_test_set_has_labels(tmp_path):
-    meta, folder = "FSDKaggle2019.meta/test_post_competition.csv", "FSDKaggle2019.audio_test"
-    lay_out(tmp_path, meta, folder, "fname,labels,usage,license\na.wav,Bark,Public,CC0\n")
-    dataset = find(tmp_path, "test")
-    assert cells(dataset.clips) == [("a.wav", "Bark")] and dataset.columns == ()
+    assert cells(dataset.clips) == [("a.wav", labels)]
 
 
 def test_an_audio_folder_is_not_taken_from_the_other_layout(tmp_path):
     lay_out(tmp_path, "sample_submission.csv", "elsewhere")
     lay_out(tmp_path, "test_post_competition.csv", "FSDKaggle2019.audio_test")
-    assert find(tmp_path, "test").audio_dir.name == "FSDKaggle2019.audio_test"
+    dataset = find_dataset(Settings(input_dir=tmp_path), "test")
+    assert dataset.audio_dir.name == "FSDKaggle2019.audio_test"
 
 
 def test_a_missing_dataset_is_told_with_the_places_and_the_ways_on(tmp_path, run):
@@ -115,9 +103,8 @@ def test_a_missing_audio_folder_is_an_error_before_the_run(tmp_path, run):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layout", ["Kaggle", "Zenodo"])
-def test_a_gone_audio_folder_of_a_finished_run_is_no_error(layout, tmp_path, run):
-    csv_name, folder = LAYOUTS[layout]
+def test_a_gone_audio_folder_of_a_finished_run_is_no_error(tmp_path, run):
+    csv_name, folder = LAYOUTS["Zenodo"]
     lay_out(tmp_path, csv_name, folder)
     flags = ["--input_dir", tmp_path, "--target_duration", "0.5"]
     assert run(*flags)[0] == 0
@@ -170,44 +157,49 @@ def test_a_table_that_cannot_be_read_says_why_and_where(content, says, tmp_path)
     assert says in str(error.value) and "clips.csv" in str(error.value)
 
 
-@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
-def test_the_header_shows_the_separator(separator, tmp_path):
-    text = 'file_name,label\na.wav,"Bark,Dog"\nb.wav,x\n'
-    text = text.replace(",", separator).replace(f"Bark{separator}Dog", "Bark,Dog")
-    assert cells(read(tmp_path, text)[1]) == [("a.wav", "Bark,Dog"), ("b.wav", "x")]
+ROWS = [("a.wav", "Bark"), ("b.wav", "Walk,Slam")]
+TABLES = {  # all list ROWS
+    "commas": 'fname,labels\na.wav,Bark\nb.wav,"Walk,Slam"\n',
+    "semicolons": "fname;label;seconds\na.wav;Bark;1,5\nb.wav;Walk,Slam;2,5\n",
+    "tabs": "filename\tlabel\na.wav\tBark\nb.wav\tWalk,Slam\n",
+    "bars": "fname|label\na.wav|Bark\nb.wav|Walk,Slam\n",
+    "Windows' line ends": 'fname,labels\r\na.wav,Bark\r\nb.wav,"Walk,Slam"\r\n',
+    "a byte order mark": '\ufeff"fname","labels"\na.wav,Bark\nb.wav,"Walk,Slam"\n',
+    "Hugging Face's name column": 'file_name,label\na.wav,Bark\nb.wav,"Walk,Slam"\n',
+    "capitals": 'FILENAME,Category\na.wav,Bark\nb.wav,"Walk,Slam"\n',
+    "pandas' index": ',fname,labels\n0,a.wav,Bark\n1,b.wav,"Walk,Slam"\n',
+    "Excel's empty columns": 'fname,labels,,\na.wav,Bark,,\nb.wav,"Walk,Slam",,\n',
+    "spaces and blank lines": 'fname, labels \n  \na.wav, Bark\n\nb.wav, "Walk,Slam"\n , ,\n',
+    "quotes within cells": 'fname\tlabel\tt\na.wav\tBark\tsay "no"\nb.wav\tWalk,Slam\t5" disk\n',
+}
+BROKEN_TABLES = {  # bugs
+    # Tables separated by tabs are commonly not quoted.
+    "a stray quote": 'fname\tlabel\ttext\na.wav\tBark\t"Hi," he said\nb.wav\tWalk,Slam\tx\n',
+    "two stray quotes": 'fname\tlabel\tt\na.wav\tBark\t"open\nb.wav\tWalk,Slam\tclose"\n',
+    # The most frequent separator need not be the right one.
+    "commas in the header": "fname;labels (a, b, c)\na.wav;Bark\nb.wav;Walk,Slam\n",
+    "Excel's first line": "sep=;\nfname;labels\na.wav;Bark\nb.wav;Walk,Slam\n",
+}
+READABLE = [pytest.param(text, id=name) for name, text in TABLES.items()]
+READABLE += [pytest.param(text, id=name, marks=BUG) for name, text in BROKEN_TABLES.items()]
 
 
-def test_empty_columns_and_long_cells_are_read(tmp_path):
-    text = "fname,label,,embedding,\na.wav,x,," + "1 " * 80_000 + ",\nb.wav,y,,,,\n"
-    columns, clips = read(tmp_path, text, keep_extra=True)
-    assert columns == ("embedding",) and cells(clips) == [("a.wav", "x"), ("b.wav", "y")]
-    assert len(clips[0].extra[0]) == 159_999
+@pytest.mark.parametrize("text", READABLE)
+def test_a_table_is_read_as_people_have_it(text, tmp_path):
+    assert cells(read(tmp_path, text)[1]) == ROWS
 
 
-def test_bom_unicode_and_quoted_labels_are_read(tmp_path):
-    text = (
-        '\ufefffreesound_id,fname,labels\n1,"приве́т 鳥.wav","Walk_and_footsteps,Slam"\n'
-        '2,NA,\n3,007,"a ""quoted"" label"\n'
-    )
-    columns, clips = read(tmp_path, text)
-    assert cells(clips) == [
-        ("приве́т 鳥.wav", "Walk_and_footsteps,Slam"),
-        ("NA", ""),
-        ("007", 'a "quoted" label'),
-    ]
-    assert columns == ()
+def test_unicode_numbers_quotes_and_long_cells_are_kept(tmp_path):
+    text = 'fname,labels,,embedding\n"приве́т 鳥.wav",NA,,' + "1 " * 80_000
+    columns, clips = read(tmp_path, text + '\n007,"a ""quoted"" label",,x\n', keep_extra=True)
+    assert cells(clips) == [("приве́т 鳥.wav", "NA"), ("007", 'a "quoted" label')]
+    assert columns == ("embedding",) and [len(clip.extra[0]) for clip in clips] == [159_999, 1]
 
 
-def test_spaces_and_blank_lines_belong_to_no_label(tmp_path):
-    text = 'fname, labels ,fold\n  \na.wav, Bark, 1\n\nb.wav, "Walk, Slam", 2\n , ,\n'
-    columns, clips = read(tmp_path, text, keep_extra=True)
-    assert cells(clips) == [("a.wav", "Bark"), ("b.wav", "Walk, Slam")]
-    assert columns == ("fold",) and [clip.extra for clip in clips] == [("1",), ("2",)]
-
-
-@pytest.mark.parametrize("header", ["Fname,Labels", "FILENAME,Category", "fname,LABEL"])
-def test_a_capital_in_a_columns_name_is_forgiven(header, tmp_path):
-    assert cells(read(tmp_path, f"{header}\na.wav,Bark\n")[1]) == [("a.wav", "Bark")]
+@BUG  # a quote behind a comma and a space, anywhere, takes the spaces from all names
+def test_a_space_before_a_name_is_kept(tmp_path):
+    _, clips = read(tmp_path, 'fname,labels\n a.wav,Bark\nb.wav, "Slam"\n')
+    assert cells(clips) == [(" a.wav", "Bark"), ("b.wav", "Slam")]
 
 
 def test_repeated_rows_are_used_once_and_told(tmp_path, capsys):
@@ -221,53 +213,18 @@ def test_max_samples_takes_the_first_rows(tmp_path):
     text = "fname,labels\nb.wav,1\na.wav,2\nc.wav,3\n"
     _, clips = read(tmp_path, text, Settings(max_samples=2))
     assert [clip.fname for clip in clips] == ["b.wav", "a.wav"]
-    assert len(read(tmp_path, text, Settings(max_samples=9))[1]) == 3
 
 
-ESC50 = (
-    "filename,fold,target,category,esc10,src_file,take\n1-100032-A-0.wav,1,0,dog,True,100032,A\n"
-)
-FSD50K = 'fname,labels,mids,split\n64760,"Electric_guitar,Guitar","/m/02sgy,/m/0342h",train\n'
-
-
-@pytest.mark.parametrize(
-    "text, name, labels, extra",
-    [
-        (
-            ESC50,
-            "1-100032-A-0.wav",
-            "dog",
-            {"fold": "1", "target": "0", "esc10": "True", "src_file": "100032", "take": "A"},
-        ),
-        (
-            FSD50K,
-            "64760",
-            "Electric_guitar,Guitar",
-            {"mids": "/m/02sgy,/m/0342h", "split": "train"},
-        ),
-        ("filename\na.flac\n", "a.flac", "", {}),
-    ],
-    ids=["ESC-50", "FSD50K", "names alone"],
-)
-def test_any_csv_of_names_is_a_dataset_and_keeps_its_columns(text, name, labels, extra, tmp_path):
-    (tmp_path / "mine.csv").write_text(text)
-    settings = Settings(metadata=tmp_path / "mine.csv", audio_dir=tmp_path)
-    (dataset,) = find_datasets(settings)
-    assert (dataset.stem, dataset.audio_dir) == ("mine", tmp_path)
-    (clip,) = dataset.clips
-    assert (clip.fname, clip.labels) == (name, labels)
-    assert dict(zip(dataset.columns, clip.extra, strict=True)) == extra
-
-
-def test_a_csv_of_ones_own_is_tokenized(tmp_path, run):
-    write_wav(tmp_path / "audio" / "a.wav", 3)
-    (tmp_path / "mine.csv").write_text("fname,fold\na.wav,4\n")
+def test_any_csv_of_names_is_tokenized_and_keeps_its_columns(tmp_path, run):
+    write_wav(tmp_path / "audio" / "1-100032-A-0.wav", 3)
+    (tmp_path / "mine.csv").write_text("filename,fold,category\n1-100032-A-0.wav,4,dog\n")
     flags = ["--metadata", tmp_path / "mine.csv", "--audio_dir", tmp_path / "audio"]
     assert run(*flags, "--aggregate", "none")[0] == 0
-    table = pd.read_csv(tmp_path / "out" / "tokenized_mine.csv", keep_default_na=False)
+    table = pd.read_csv(tmp_path / "out" / "tokenized_mine.csv")
     columns = "fname labels num_tokens token_shape num_chunks duration_sec chunk start_sec fold"
     assert table.columns[:10].tolist() == [*columns.split(), "token_0"]
-    assert table[["chunk", "start_sec", "fold"]].to_numpy().tolist() == [[0, 0, 4], [1, 1, 4]]
+    rows = table[["fname", "labels", "chunk", "start_sec", "fold"]].to_numpy().tolist()
+    assert rows == [["1-100032-A-0.wav", "dog", 0, 0, 4], ["1-100032-A-0.wav", "dog", 1, 1, 4]]
     assert (tmp_path / "out" / "summary_mine.txt").exists()
 
 
@@ -278,9 +235,26 @@ def test_columns_that_the_output_has_itself_are_refused(name, tmp_path):
         read(tmp_path, text, keep_extra=True)
 
 
-def test_a_csv_that_is_not_there_ends_at_once(run):
-    status, _, err = run("--metadata", "none.csv", "--audio_dir", ".")
-    assert status == 2 and "none.csv" in err and "No such file" in err
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--metadata none.csv --audio_dir audio", "none.csv: No such file"),
+        ("--audio_dir nowhere", "there is no such folder"),
+        ("--audio_dir audio/a.wav", "it is a file: name its folder"),
+        ("--audio_dir tables", "there are no sound files below it"),
+        # Bugs: the folder is blamed, whatever is wrong with the names or with it.
+        pytest.param("--metadata tables/a.csv --audio_dir audio/a.wav", "is a file", marks=BUG),
+        pytest.param("--metadata tables/b.csv --audio_dir audio", "backslash", marks=BUG),
+    ],
+)
+def test_a_command_that_finds_no_clip_says_why(flags, says, tmp_path, run, monkeypatch):
+    write_wav(tmp_path / "audio" / "a.wav")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "a.csv").write_text("fname\na.wav\n")
+    (tmp_path / "tables" / "b.csv").write_text("fname\nC:\\x\\b.wav\n")
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(*flags.split())
+    assert status == 2 and says in err
 
 
 # ------------------------------------------------------------------------------------- any folder
@@ -316,17 +290,6 @@ def test_linked_folders_are_followed_and_circles_end(tmp_path):
     assert cells(dataset.clips) == [("cat/cat.wav", "cat"), ("dog/dog.wav", "dog")]
 
 
-def test_a_folder_without_sound_or_not_there_is_told(tmp_path):
-    (tmp_path / "notes.txt").touch()
-    for path, says in {
-        tmp_path: "there are no sound files below it",
-        tmp_path / "nowhere": "there is no such folder",
-        tmp_path / "notes.txt": "it is a file: name its folder",
-    }.items():
-        with pytest.raises(UserError, match=says):
-            find_datasets(Settings(audio_dir=path))
-
-
 def test_a_name_that_is_not_utf_8_fails_alone(tmp_path, run):
     write_wav(tmp_path / "pets" / "a.wav")
     shutil.copy(tmp_path / "pets" / "a.wav", tmp_path / "pets" / os.fsdecode(b"b\xff.wav"))
@@ -334,22 +297,6 @@ def test_a_name_that_is_not_utf_8_fails_alone(tmp_path, run):
     assert status == 0 and "1 clip tokenized" in out and "1 failed" in out
     reason = pd.read_csv(tmp_path / "out" / "failed_pets.csv")["error"][0]
     assert "the name is not UTF-8: rename the file" in reason
-
-
-def test_a_folder_is_tokenized(tmp_path, run):
-    for name in ("dog/a.wav", "cat/a.wav"):
-        write_wav(tmp_path / "pets" / name)
-    assert run("--audio_dir", tmp_path / "pets", "--target_duration", "0.5")[0] == 0
-    table = pd.read_csv(tmp_path / "out" / "tokenized_pets.csv")
-    rows = table[["fname", "labels", "num_chunks"]].to_numpy().tolist()
-    assert rows == [["cat/a.wav", "cat", 1], ["dog/a.wav", "dog", 1]]
-
-
-def test_an_unnamed_column_of_numbers_is_no_label(tmp_path):
-    path = tmp_path / "clips.csv"
-    path.write_text(",fname,duration\n0,a.wav,1.5\n")  # as pandas writes its index
-    _, (clip,) = read_clips(path, Settings())
-    assert (clip.fname, clip.labels) == ("a.wav", "")
 
 
 # ------------------------------------------------------------------------------- a clip's file
@@ -413,7 +360,6 @@ REASONS = {
     "a\0b": "holds a NUL character",
     "/etc/hostname": "the path is outside the audio folder",
     "../x.wav": "the path is outside the audio folder",
-    "x/../../x.wav": "the path is outside the audio folder",
     ".": "the path is outside the audio folder",
 }
 
