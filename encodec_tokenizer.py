@@ -416,6 +416,8 @@ class Dataset:
 
 def find_datasets(settings: Settings) -> list[Dataset]:
     """Find the datasets that the command names, and their clips' files. Raises UserError."""
+    if settings.audio_dir and settings.audio_dir.is_file():
+        raise UserError(f"--audio_dir {settings.audio_dir}: it is a file: name its folder")
     if settings.metadata:
         columns, clips = read_clips(settings.metadata, settings, keep_extra=True)
         datasets = [Dataset(settings.metadata.stem, settings.audio_dir, columns, clips)]
@@ -477,8 +479,7 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
 def list_folder(folder: Path, max_samples: int | None) -> Dataset:
     """Take every sound file below a folder, sorted by path, labelled by the folder it lies in."""
     if not folder.is_dir():
-        state = "it is a file: name its folder" if folder.exists() else "there is no such folder"
-        raise UserError(f"--audio_dir {folder}: {state}")
+        raise UserError(f"--audio_dir {folder}: there is no such folder")
     clips, left_out = [], Counter()
     for name in list_files(folder):
         ending = os.path.splitext(name)[1]
@@ -524,7 +525,8 @@ def list_files(folder: Path) -> list[str]:
 
 def comparable(name: str) -> str:
     """Return a name in the form in which case, kind of Unicode, and slashes make no difference."""
-    return unicodedata.normalize("NFC", name.strip().replace("\\", "/")).casefold()
+    name = os.path.normpath(name.strip().replace("\\", "/")).replace(os.sep, "/")
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def find_file(clip: Clip, dataset: Dataset) -> None:
@@ -583,36 +585,63 @@ def look_at(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+def find_separator(text: str) -> str:
+    """Return the separator by which the header has a column of names, or the most frequent."""
+    header = text.lstrip("\r\n ").partition("\n")[0]
+    for separator in SEPARATORS:
+        cells = {cell.strip(' "\r').lower() for cell in header.split(separator)}
+        if cells & set(NAME_COLUMNS):
+            return separator
+    return max(SEPARATORS, key=header.count)
+
+
 def read_table(csv_path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Read the header of a table and its rows, by column; the header shows the separator."""
-    number = 1
+    number, spanning = 1, []  # the line in which a row begins; those of rows of several lines
     try:
         data = csv_path.read_bytes()
-        text = data.decode("utf-8-sig")
-        csv.field_size_limit(2**31 - 1)
-        separator = max(SEPARATORS, key=text.lstrip().partition("\n")[0].count)
+        text = re.sub(r"\Asep=.\r?\n", "\n", data.decode("utf-8-sig"))  # Excel's first line
+        separator = find_separator(text)
         # A space before a quote would make the quote a part of the cell.
-        spaced = re.search(re.escape(separator) + ' +"', text) is not None
-        lines = io.StringIO(text.lstrip(), newline="")
-        reader = csv.reader(lines, delimiter=separator, skipinitialspace=spaced, strict=True)
-        header, rows = [cell.strip() for cell in next(reader, [])], []
-        number = reader.line_num + 1  # of the line in which a row begins
+        text = re.sub(re.escape(separator) + ' +"(?!")', separator + '"', text)
+        # Tables separated by tabs are commonly not quoted: two stray quotes would swallow rows.
+        quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
+        csv.field_size_limit(2**31 - 1)
+        lines = io.StringIO(text, newline="")
+        reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
+        header, rows = [], []
         for cells in reader:
-            if any(cell.strip() for cell in cells[len(header) :]):
-                raise csv.Error(
-                    f"{len(cells)} cells, and {len(header)} in the header; a cell with "
-                    f"{SEPARATORS[separator]} in it needs quotes"
-                )
             if any(cell.strip() for cell in cells):
-                rows.append(dict(zip(header, cells)))
+                if not header:
+                    header = [cell.strip() for cell in cells]
+                elif any(cell.strip() for cell in cells[len(header) :]):
+                    raise csv.Error(
+                        f"{len(cells)} cells, and {len(header)} in the header; a cell with "
+                        f"{SEPARATORS[separator]} in it needs quotes"
+                    )
+                else:
+                    rows.append(dict(zip(header, cells)))
+                spanning += [number] if reader.line_num > number else []
             number = reader.line_num + 1
     except UnicodeDecodeError as error:
         number = data.count(b"\n", 0, error.start) + 1
         raise UserError(f"{csv_path}, line {number}: not UTF-8. Save it as UTF-8.") from error
     except csv.Error as error:
-        raise UserError(f"{csv_path}, line {number}: {error}") from error
+        reason = str(error).replace("unexpected end of data", "a quote is never closed")
+        raise UserError(f"{csv_path}, line {number}: {reason}") from error
     except OSError as error:
         raise UserError(f"{csv_path}: {error.strerror}") from error
+    check_table(csv_path, header, rows, separator, spanning)
+    return header, rows
+
+
+def check_table(
+    csv_path: Path, header: list[str], rows: list, separator: str, spanning: list[int]
+) -> None:
+    """Name rows that look swallowed. Raises UserError: there is no column of names, or no row."""
+    if spanning:
+        what = f"{counted(len(spanning), 'row')} of several lines, the first in line {spanning[0]}"
+        say(f"note: {csv_path} has {what}. If that is wrong, a quote is missing or one too many.")
     if not header:
         raise UserError(f"{csv_path} is empty")
     if not {name.lower() for name in header} & set(NAME_COLUMNS):
@@ -621,7 +650,6 @@ def read_table(csv_path: Path) -> tuple[list[str], list[dict[str, str]]]:
         raise UserError(f"{csv_path} has no column {names}, only {columns}: rename the right one")
     if not rows:
         raise UserError(f"{csv_path} lists no clips: nothing follows its header")
-    return header, rows
 
 
 def read_clips(
@@ -660,6 +688,7 @@ def read_clips(
 EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "AIFF", "AU")  # these give all that they promise
 UNKNOWN_LENGTH = 2**40  # samples; a FLAC stream may say 2^48, an MP3 stream 2^63
 PIPED = 2**31 - 2**24  # bytes; programs that write to a pipe give sizes from here on
+TEXT = "not audio: the file holds text"
 LOUDEST = 100.0  # of samples that may be audio between -1 and 1
 
 
@@ -677,7 +706,9 @@ def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.
         raise BadClip("raw audio without a header has no sample rate: convert it to WAV")
     try:
         with sf.SoundFile(str(path)) as audio:
-            check_header(audio, path, max_duration_s)
+            if audio.format == "RAW":  # by its ending alone, libsndfile takes any bytes for samples
+                raise BadClip(TEXT if is_text(head) else "no header that says how to read the file")
+            check_header(audio, max_duration_s)
             digest = sha256_of(path)  # before decoding: it raises the disk's I/O errors
             return decode(audio, channels, max_duration_s), audio.samplerate, digest
     except UnicodeEncodeError as error:
@@ -688,9 +719,9 @@ def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.
             raise MemoryError(error.error_string) from error
         if error.code == 2:  # a system call failed, although the file can be read
             raise OSError(errno.EIO, error.error_string, str(path)) from error
-        unknown = error.code in (1, 4) and not is_text(head)  # the format or the encoding
-        if not unknown:
-            raise BadClip(explain(error, head)) from error
+        reason = explain(error, head)
+        if reason:
+            raise BadClip(reason) from error
         samples, rate = read_by_torchaudio(path, error)
         check_duration(samples.shape[1] / rate, max_duration_s)
         return mix_channels(check_samples(samples), channels), rate, digest
@@ -701,22 +732,27 @@ def check_duration(duration_s: float, limit_s: float) -> None:
         raise BadClip(f"too long: {duration_s:.1f} s (limit {limit_s:g} s, see --max_duration)")
 
 
-def check_header(audio: sf.SoundFile, path: Path, max_duration_s: float) -> None:
+def check_header(audio: sf.SoundFile, max_duration_s: float) -> None:
     """Raise BadClip if an open file's header cannot be right, or promises more than there is."""
     if not 1_000 <= audio.samplerate <= 1_000_000:
         raise BadClip(f"its header is damaged: a sample rate of {audio.samplerate} Hz")
     if audio.frames < UNKNOWN_LENGTH:
         check_duration(audio.frames / audio.samplerate, max_duration_s)
-    # libsndfile reduces the size of WAV (data), AIFF (SSND), AU and RF64 to what is there, and says
-    # so only in its log.
-    sizes = r"^ *(?:data|SSND|Data Size|Riff size) *: (\d+) \(should be (\d+)\)"
+    # libsndfile reduces the size of WAV (data), AIFF (SSND) and AU to what is there, and says so in
+    # its log alone. Of RF64 it logs the numbers of samples.
+    sizes = r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)"
+    samples = r"frame count (\d+) does not match value from 'ds64' chunk of (\d+)"
+    for there, promised in re.findall(samples, audio.extra_info):
+        if int(there) < int(promised):
+            raise BadClip(f"truncated: {int(there):,} of {int(promised):,} samples are there")
     for promised, there in re.findall(sizes, audio.extra_info, re.MULTILINE):
         if int(there) < int(promised) < PIPED:
             raise BadClip(
                 f"truncated, or its header is wrong: {int(there):,} of the {int(promised):,} bytes "
                 "of audio that it promises are there"
             )
-    if audio.frames == 0 and "data : 0\n" in audio.extra_info and path.stat().st_size > 100:
+    behind = audio.extra_info.partition("data : 0\n")[2]  # chunks are named there, audio is not
+    if audio.frames == 0 and re.match("[^\n]*(Unknown chunk|Have 0) marker", behind):
         raise BadClip(
             "its header says 0 bytes of audio, although more follow. To repair it:  "
             "ffmpeg -ignore_length 1 -i FILE -c copy REPAIRED.wav"
@@ -729,6 +765,9 @@ def decode(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.T
     It reads in pieces, so that no wrong header reserves memory.
     """
     most = audio.frames
+    size = re.search(r"(?s)Block Align +: (\d+)\n.*\ndata : (\d+)", audio.extra_info)
+    if size and audio.format == "W64" and audio.subtype.startswith(("PCM", "FLOAT", "DOUBLE")):
+        most = min(most, (int(size[2]) - 24) // int(size[1]))  # libsndfile reads to the file's end
     if most >= UNKNOWN_LENGTH:
         most = int(max_duration_s * audio.samplerate) + 1
         if audio.format == "FLAC":
@@ -776,28 +815,31 @@ def mix_channels(samples: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def explain(error: sf.LibsndfileError, head: bytes) -> str:
-    """Say why libsndfile failed to read a file that begins with `head`."""
+    """Say why libsndfile failed to read a file that begins with `head`; "": it is unknown to it."""
     if is_text(head):
-        return "not audio: the file holds text"
+        return TEXT
     if re.match(rb"ID3|APETAGEX|TAG", head):
         return "no audio behind the file's tag could be decoded"
     if error.code == 24:  # "SF_INFO struct incomplete"
         return "its header is damaged: a sample rate or a number of channels of 0"
+    if error.code in (1, 4, 7):  # the format or the encoding; 7: no MP3 although its name says so
+        return ""
     return f"damaged, or not a sound file (libsndfile: {error.error_string.strip()})"
 
 
 def is_text(head: bytes) -> bool:
     """Tell whether a file begins like text, in whatever encoding."""
     controls = "[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]"
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or not re.search(
-        controls, head.decode("latin-1")
-    ):
+    has_mark = head.startswith((b"\xff\xfe", b"\xfe\xff"))  # of UTF-16 and UTF-32
+    if has_mark or (len(set(head)) > 1 and not re.search(controls, head.decode("latin-1"))):
         return True
     for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
-        text = head.decode(encoding, errors="ignore")
-        letters = sum(character.isascii() for character in text)
-        if letters > len(text) / 2 and not re.search(controls, text):
-            return True
+        with suppress(UnicodeDecodeError):
+            text = head[: len(head) // 4 * 4 - 4].decode(encoding)  # 4: it may end in half a pair
+            # Bytes of sound are letters of all scripts by turns; text has spaces and line ends.
+            spaces = sum(character in " \r\n" for character in text)
+            if spaces > len(text) / 40 and not re.search(controls, text):
+                return True
     return False
 
 
@@ -815,8 +857,13 @@ def read_by_torchaudio(path: Path, unknown: sf.LibsndfileError) -> tuple[torch.T
             raise
         if "allocate memory" in str(error):  # PyTorch's words for no memory
             raise MemoryError(str(error)) from error
-        reasons = f"soundfile: {unknown.error_string} torchaudio: {error}"
-        raise BadClip(f"not audio that can be read ({' '.join(reasons.split())})") from error
+        known = (
+            "soundfile: it is no MP3."
+            if unknown.code == 7
+            else f"soundfile: {unknown.error_string}"
+        )
+        reasons = " ".join(f"{known} torchaudio: {error}".split())
+        raise BadClip(f"not audio that can be read ({reasons})") from error
 
 
 def sha256_of(path: Path) -> str:
@@ -2011,7 +2058,7 @@ def prepare(job: Job) -> None:
     if num_missing and not any(clip.stamp for clip in clips):
         raise UserError(
             f"no file of {counted(num_missing, 'clip')} is in {job.dataset.audio_dir}: is the "
-            "folder mounted, and the right one?"
+            f"folder mounted, and the right one? The first: {clips[0].fname}: {clips[0].error}"
         )
     if num_gone:
         say(f"note: the files of {counted(num_gone, 'clip')} are gone; their codes are still there")
