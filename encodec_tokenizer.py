@@ -1349,13 +1349,13 @@ def tokenize(sound: object, encoder: Encoder, rate: int | None = None) -> object
     Raises BadClip: a file is missing, damaged, or no audio, or samples are not between -1 and 1.
     ValueError: the shape or the rate of samples is wrong. OSError: the machine is at fault.
     """
-    sounds = sound if isinstance(sound, list) else [sound]
+    sounds = sound if isinstance(sound, (list, tuple)) else [sound]
     chunks = [
         split_chunks(load_sound(one, rate, encoder.settings), encoder.settings)[1] for one in sounds
     ]
     encoded = encoder.encode([chunk for parts in chunks for chunk in parts])
     codes = [np.stack([next(encoded)[0] for _ in parts]).astype(np.int64) for parts in chunks]
-    return codes if isinstance(sound, list) else codes[0]
+    return codes if isinstance(sound, (list, tuple)) else codes[0]
 
 
 def load_sound(sound: object, rate: int | None, settings: Settings) -> torch.Tensor:
@@ -1370,9 +1370,12 @@ def load_sound(sound: object, rate: int | None, settings: Settings) -> torch.Ten
         return resample(samples, rate, settings)
     if rate is None or not 1_000 <= rate <= 1_000_000:
         raise ValueError(f"rate={rate}: samples need their sample rate in Hz")
-    samples = torch.atleast_2d(torch.as_tensor(sound, dtype=torch.float32))
-    if samples.ndim != 2 or samples.shape[0] > max(samples.shape[1], 1):
+    samples = torch.as_tensor(sound)
+    if not samples.is_floating_point():
+        raise BadClip(f"{samples.dtype} samples: divide them by their full scale, to -1 to 1")
+    if samples.ndim not in (1, 2) or (samples.ndim == 2 and len(samples) > samples.shape[1]):
         raise ValueError(f"samples of shape {tuple(samples.shape)} are neither [T] nor [C, T]")
+    samples = torch.atleast_2d(samples.float())
     check_duration(samples.shape[1] / rate, settings.max_duration)
     return resample(mix_channels(check_samples(samples), channels), rate, settings)
 
@@ -1809,7 +1812,7 @@ def write_parquet(job: Job, path: Path) -> None:
 def column_type(dataset: Dataset, place: int) -> type:
     """Return int or float if all cells of a further column are such numbers (007 is text)."""
     cells = {clip.extra[place] for clip in dataset.clips} - {""}
-    decimal = r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?"
+    decimal = r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][-+]?\d+)?"  # float64 has 15 digits
     for kind, pattern in {int: r"0|-?[1-9]\d{0,17}", float: decimal}.items():
         if cells and all(re.fullmatch(pattern, cell) for cell in cells):
             return kind

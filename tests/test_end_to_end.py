@@ -93,7 +93,7 @@ def test_the_same_command_gives_the_same_bytes(
     threads, workers, run, real, whole, weights, tmp_path, monkeypatch
 ):
     """Whatever the number of cores, and of threads that read ahead."""
-    monkeypatch.setattr(encodec_tokenizer, "THREADS", threads)
+    monkeypatch.setattr(encodec_tokenizer.CpuEncoder, "threads", threads)
     flags = ["--input_dir", real, "--workers", workers]
     assert run(*flags, weights=weights("encodec_24khz"))[0] == 0
     assert (tmp_path / "out" / CSV).read_bytes() == whole.read_bytes()

@@ -111,7 +111,7 @@ def test_further_columns_of_numbers_are_numbers_in_parquet(run, sound, tmp_path)
     table = parquet.read_table(tmp_path / "out" / "tokenized_mine.parquet").to_pydict()
     assert (table["fold"], table["snr"]) == ([1, None], [-0.5, 1000.0])
     assert (table["id"], table["word"]) == (["007", "008"], ["x", ""])
-    assert table["big"] == [12345678901234567890.0, 1.0]
+    assert table["big"] == ["12345678901234567890", "1"]  # a float would lose digits
 
 
 def test_a_picture_needs_no_audio_and_outputs_stay_up_to_date(run, make_dataset, sound, tmp_path):
