@@ -373,7 +373,7 @@ CLIP_ERRNOS = {
     errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EEXIST, errno.ENOTEMPTY,
 }  # fmt: skip
 NO_FILE = "no such file"
-Stamp = tuple[int, int, int]  # a file's size in bytes, mtime and ctime in nanoseconds
+Stamp = list[int]  # a file's size in bytes, mtime and ctime in nanoseconds
 
 
 @dataclass(eq=False, slots=True)
@@ -582,7 +582,7 @@ def look_at(path: Path) -> Stamp:
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise BadClip(f"{kind}, not a file")
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def find_separator(text: str) -> str:
@@ -828,19 +828,10 @@ def explain(error: sf.LibsndfileError, head: bytes) -> str:
 
 
 def is_text(head: bytes) -> bool:
-    """Tell whether a file begins like text, in whatever encoding."""
-    controls = "[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]"
-    has_mark = head.startswith((b"\xff\xfe", b"\xfe\xff"))  # of UTF-16 and UTF-32
-    if has_mark or (len(set(head)) > 1 and not re.search(controls, head.decode("latin-1"))):
+    """Tell whether a file begins like text: with UTF-16's mark, or without control characters."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return True
-    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
-        with suppress(UnicodeDecodeError):
-            text = head[: len(head) // 4 * 4 - 4].decode(encoding)  # 4: it may end in half a pair
-            # Bytes of sound are letters of all scripts by turns; text has spaces and line ends.
-            spaces = sum(character in " \r\n" for character in text)
-            if spaces > len(text) / 40 and not re.search(controls, text):
-                return True
-    return False
+    return len(set(head)) > 1 and not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]", head)
 
 
 def read_by_torchaudio(path: Path, unknown: sf.LibsndfileError) -> tuple[torch.Tensor, int]:
@@ -857,12 +848,8 @@ def read_by_torchaudio(path: Path, unknown: sf.LibsndfileError) -> tuple[torch.T
             raise
         if "allocate memory" in str(error):  # PyTorch's words for no memory
             raise MemoryError(str(error)) from error
-        known = (
-            "soundfile: it is no MP3."
-            if unknown.code == 7
-            else f"soundfile: {unknown.error_string}"
-        )
-        reasons = " ".join(f"{known} torchaudio: {error}".split())
+        theirs = "it is no MP3." if unknown.code == 7 else unknown.error_string
+        reasons = " ".join(f"soundfile: {theirs} torchaudio: {error}".split())
         raise BadClip(f"not audio that can be read ({reasons})") from error
 
 
@@ -1388,20 +1375,20 @@ GROUP_SECONDS = 60  # of audio that a group holds at a time, but at least one cl
 
 @dataclass(eq=False, slots=True)
 class Kept:
-    """All that is kept of a clip, in an .npz file of arrays with these names."""
+    """All that is kept of a clip: an .npz of the two arrays and, as JSON, of the other `facts`."""
 
     codes: np.ndarray  # [N, K, F] of the clip's N chunks, uint16
     latent: np.ndarray  # [K, F], uint16: the codes of the mean of the chunks' latents
     medoid: int  # the chunk whose latents are nearest to that mean (Euclidean)
-    start_sec: np.ndarray  # [N]: where the chunks start
+    start_sec: list[float]  # [N]: where the chunks start
     duration_sec: float  # of the file, before padding or resampling
     silent: bool  # all samples are zero
-    stamp: np.ndarray  # [3] of the file: see look_at
+    stamp: Stamp  # of the file
     sha256: str  # of the file
     made_with: str  # the hash at the end of the folder's name
 
 
-KEPT_ARRAYS = [array.name for array in fields(Kept)]
+FACTS = [field.name for field in fields(Kept)][2:]
 
 
 def kept_path(folder: Path, name: str) -> Path:
@@ -1423,8 +1410,9 @@ def read_kept(folder: Path, name: str) -> Kept | None:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as members:
             # ZipFile.read checks the CRC of a whole member; np.load on a path does not always.
-            arrays = [np.load(io.BytesIO(members.read(f"{key}.npy"))) for key in KEPT_ARRAYS]
-        kept = Kept(*(array if array.ndim else array.item() for array in arrays))
+            names = ("codes.npy", "latent.npy", "facts.npy")
+            codes, latent, facts = (np.load(io.BytesIO(members.read(name))) for name in names)
+        kept = Kept(codes, latent, **json.loads(facts.item()))
         is_whole = (
             kept.made_with == folder.name.rpartition("-")[2]
             and kept.codes.dtype == kept.latent.dtype == np.uint16
@@ -1432,8 +1420,8 @@ def read_kept(folder: Path, name: str) -> Kept | None:
             and max(kept.codes.max(), kept.latent.max()) < NUM_CODES  # fails without codes
             and 0 <= kept.medoid < len(kept.codes)
             and 0 < kept.duration_sec < math.inf
-            and np.isfinite(kept.start_sec).all()
-            and kept.stamp.shape == (3,)
+            and all(0 <= start < math.inf for start in kept.start_sec)
+            and len(kept.stamp) == 3
             and len(kept.sha256) == 64
         )
     except MemoryError:
@@ -1451,7 +1439,8 @@ def write_kept(folder: Path, name: str, kept: Kept) -> None:
     path, temporary = kept_path(folder, name), folder / f"{uuid.uuid4().hex}.tmp"
     try:
         with temporary.open("wb") as file:
-            np.savez_compressed(file, **{key: getattr(kept, key) for key in KEPT_ARRAYS})
+            facts = json.dumps({name: getattr(kept, name) for name in FACTS})
+            np.savez_compressed(file, codes=kept.codes, latent=kept.latent, facts=facts)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(path)
@@ -1473,7 +1462,7 @@ def find_kept(dataset: Dataset, folder: Path, max_duration_s: float) -> int:
     for clip in show_progress(dataset.clips, f"{dataset.stem}: looking for codes", delay=2):
         kept = read_kept(folder, clip.name)
         is_gone = clip.error.startswith(NO_FILE)
-        if kept and (is_gone or clip.stamp == tuple(kept.stamp)):
+        if kept and (is_gone or clip.stamp == kept.stamp):
             num_gone += is_gone
             try:
                 check_duration(kept.duration_sec, max_duration_s)
@@ -1496,11 +1485,11 @@ def take_kept(clip: Clip, folder: Path) -> Kept | None:
     content are removed, so that they never come back. Raises OSError.
     """
     kept = read_kept(folder, clip.name)
-    if kept and clip.stamp != tuple(kept.stamp):
+    if kept and clip.stamp != kept.stamp:
         if sha256_of(clip.path) != kept.sha256:
             kept_path(folder, clip.name).unlink(missing_ok=True)
             return None
-        kept.stamp = np.array(clip.stamp)
+        kept.stamp = clip.stamp
         with suppress(OSError, BadClip):  # it only saves the next run this comparison
             write_kept(folder, clip.name, kept)
     return kept
@@ -1519,10 +1508,17 @@ def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[
         else:
             samples, rate, digest = read_audio(clip.path, spec.channels, settings.max_duration)
             starts, chunks = split_chunks(resample(samples, rate, settings), settings)
-            start_sec, duration_sec = np.array(starts) / spec.sample_rate, samples.shape[1] / rate
-            stamp, made_with = np.array(clip.stamp), folder.name.rpartition("-")[2]
-            silent, later = not samples.any(), np.empty(0, np.uint16)  # for add_codes
-            kept = Kept(later, later, 0, start_sec, duration_sec, silent, stamp, digest, made_with)
+            kept = Kept(
+                codes=np.empty(0, np.uint16),  # encode_clips makes codes, latent and medoid
+                latent=np.empty(0, np.uint16),
+                medoid=0,
+                start_sec=[start / spec.sample_rate for start in starts],
+                duration_sec=samples.shape[1] / rate,
+                silent=not samples.any(),
+                stamp=clip.stamp,
+                sha256=digest,
+                made_with=folder.name.rpartition("-")[2],
+            )
         if look_at(clip.path) != clip.stamp:
             raise BadClip("the file changed while it was read; the next run tries it again")
     except (OSError, BadClip) as error:
@@ -1612,8 +1608,8 @@ def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
             first_rows.setdefault(clip.name, clip)
     files = list(first_rows.values())
     size = 4 if settings.whole else GROUP_CLIPS  # whole clips share no batches
-    if WORLD_SIZE > 1:  # small groups, so that few clips are shared evenly
-        size = max(1, min(size, len(files) // (8 * WORLD_SIZE)))
+    shares = 2 if WORLD_SIZE == 1 else 8 * WORLD_SIZE  # so that few clips are shared evenly
+    size = max(1, min(size, len(files) // shares))
     groups = in_own_order([files[i : i + size] for i in range(0, len(files), size)])
     bar = show_progress(None, dataset.stem, total=len(clips))
     pool = ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -1649,7 +1645,7 @@ COLUMNS: dict[str, Callable[[Clip, Kept, int], object]] = {
 }
 CHUNK_COLUMNS: dict[str, Callable[[Clip, Kept, int], object]] = {  # with --aggregate none
     "chunk": lambda clip, kept, row: row,
-    "start_sec": lambda clip, kept, row: round(float(kept.start_sec[row]), 6),
+    "start_sec": lambda clip, kept, row: round(kept.start_sec[row], 6),
 }
 
 
@@ -1755,7 +1751,7 @@ def rows_of(job: Job) -> Iterator[tuple[Clip, Kept, list[tuple[dict[str, object]
 
 
 class Totals(NamedTuple):
-    """What the outputs say about all clips together."""
+    """Counts over all clips that the JSON, the summary and the picture need."""
 
     done: list[tuple[Clip, Kept]]  # without the codes
     shapes: Counter[tuple[int, ...]]  # (K, F) of the rows
@@ -2059,9 +2055,10 @@ def prepare(job: Job) -> None:
     num_gone = find_kept(job.dataset, job.codes, job.settings.max_duration)
     num_missing = sum(clip.error.startswith(NO_FILE) for clip in clips)
     if num_missing and not any(clip.stamp for clip in clips):
+        first = next(clip for clip in clips if clip.error)  # others may have codes
         raise UserError(
             f"no file of {counted(num_missing, 'clip')} is in {job.dataset.audio_dir}: is the "
-            f"folder mounted, and the right one? The first: {clips[0].fname}: {clips[0].error}"
+            f"folder mounted, and the right one? The first: {first.fname}: {first.error}"
         )
     if num_gone:
         say(f"note: the files of {counted(num_gone, 'clip')} are gone; their codes are still there")
