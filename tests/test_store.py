@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import soundfile
 
+import encodec_tokenizer
 from encodec_tokenizer import Kept, kept_path, read_kept, write_kept
 
 CSV = "tokenized_train_curated.csv"
@@ -112,6 +113,14 @@ def test_names_that_differ_in_case_are_two_clips(again, root):
     shutil.copy(root / "train_curated" / "2.wav", root / "train_curated" / "kick.wav")
     edit(root, lambda rows: ["KICK.wav,x", "kick.wav,y"])
     assert again("--input_dir", root) == 2
+
+
+def test_names_that_share_a_file_of_codes_stop_the_run(run, root, tmp_path, monkeypatch):
+    """As Kick.wav and kick.wav on some disks: no clip gets the codes of the other."""
+    monkeypatch.setattr(encodec_tokenizer, "kept_path", lambda folder, name: folder / "same.npz")
+    status, _, err = run("--input_dir", root, "--workers", "1")
+    assert status == 1 and "takes two names for one (Kick.wav, kick.wav)" in err
+    assert not (tmp_path / "out" / CSV).exists()
 
 
 def test_a_name_that_cannot_be_kept_fails_alone(run, root, tmp_path):
