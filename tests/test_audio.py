@@ -18,8 +18,6 @@ import torch
 
 from encodec_tokenizer import MODELS, BadClip, Settings, read_audio, resample
 
-# A case that fails because of a bug in the script. Strict: the mark has to go with the bug.
-
 
 def encoded(samples, rate, kind, subtype=None, **options):
     """A file's bytes."""

@@ -26,7 +26,6 @@ from encodec_tokenizer import (
     read_clips,
 )
 
-# A case that fails because of a bug in the script. Strict: the mark has to go with the bug.
 META, AUDIO = "FSDKaggle2019.meta/", "FSDKaggle2019.audio_"
 LAYOUTS = {  # where a table and its audio folder lie
     "Kaggle": ("train_curated.csv", "train_curated"),
