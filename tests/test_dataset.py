@@ -110,6 +110,10 @@ def test_a_gone_audio_folder_of_a_finished_run_is_no_error(tmp_path, run):
     status, out, err = run(*flags)
     assert status == 0 and "(0 encoded now, 1 already there)" in out
     assert "note: the files of 1 clip are gone; their codes are still there" in err
+    with (tmp_path / csv_name).open("a") as table:
+        table.write("b.wav,Slam\n")
+    status, _, err = run(*flags)
+    assert status == 2 and "The first: b.wav: no such file" in err
 
 
 def test_the_bundled_sample_is_what_its_generator_makes(tmp_path):
