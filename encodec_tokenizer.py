@@ -359,7 +359,7 @@ def resolve_device(settings: Settings) -> Settings:
 
 NAME_COLUMNS = ("fname", "filename", "file_name")
 LABEL_COLUMNS = ("labels", "label", "category")
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+SEPARATORS = ",;\t|"
 # Endings of sound files: libsndfile's formats and their usual spellings, and what FFmpeg reads.
 ENDINGS = {f".{name.lower()}" for name in sf.available_formats()} - {".raw"}
 MORE_ENDINGS = """
@@ -416,16 +416,12 @@ class Dataset:
 
 def find_datasets(settings: Settings) -> list[Dataset]:
     """Find the datasets that the command names, and their clips' files. Raises UserError."""
-    if settings.audio_dir and settings.audio_dir.is_file():
-        raise UserError(f"--audio_dir {settings.audio_dir}: it is a file: name its folder")
     if settings.metadata:
-        columns, clips = read_clips(settings.metadata, settings, keep_extra=True)
-        datasets = [Dataset(settings.metadata.stem, settings.audio_dir, columns, clips)]
+        table = read_clips(settings.metadata, settings)
+        datasets = [Dataset(settings.metadata.stem, settings.audio_dir, *table)]
     elif settings.audio_dir:
         datasets = [list_folder(settings.audio_dir, settings.max_samples)]
     elif settings.dataset == "sample":
-        if not SAMPLE_DIR.is_dir():
-            raise UserError(f"the sample comes with the repository: there is no {SAMPLE_DIR}")
         datasets = [Dataset("sample", SAMPLE_DIR, *read_clips(SAMPLE_DIR / "sample.csv", settings))]
     else:
         datasets = [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
@@ -456,8 +452,9 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
     found = []
     for table_name, folder_names in layouts.items():
         folders = [path for name in folder_names for path in search(name) if path.is_dir()]
+        folder = folders[0] if folders else settings.input_dir / folder_names[0]
         for table in search(table_name)[:1]:
-            found.append((not folders, table, folders or [settings.input_dir / folder_names[0]]))
+            found.append((not folders, table, folder))
     if not found:
         raise UserError(
             f"the dataset {stem} is not in {settings.input_dir.resolve()} or up to two folders "
@@ -466,33 +463,24 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
             "competition freesound-audio-tagging-2019,\nand name the folder that holds it with "
             "--input_dir. To try the tool without it: --dataset sample"
         )
-    _, table, folders = min(found)  # one with an audio folder, if there is one
-    columns, clips = read_clips(table, settings)
-
-    def num_clips_in(folder: Path) -> int:
-        return sum(os.path.exists(folder / clip.fname) for clip in clips[:100])
-
-    # Some copies nest a folder in one of the same name: take the one with the clips.
-    return Dataset(stem, max(folders, key=num_clips_in), columns, clips)
+    _, table, folder = min(found)  # one with an audio folder, if there is one
+    return Dataset(stem, folder, *read_clips(table, settings))
 
 
 def list_folder(folder: Path, max_samples: int | None) -> Dataset:
     """Take every sound file below a folder, sorted by path, labelled by the folder it lies in."""
-    if not folder.is_dir():
-        raise UserError(f"--audio_dir {folder}: there is no such folder")
-    clips, left_out = [], Counter()
+    clips, left_out, absolute = [], [], folder.resolve()
     for name in list_files(folder):
-        ending = os.path.splitext(name)[1]
-        if ending.lower() in ENDINGS:
-            clips.append(Clip(name, labels=(folder.resolve() / name).parent.name))
+        if os.path.splitext(name)[1].lower() in ENDINGS:
+            clips.append(Clip(name, labels=(absolute / name).parent.name))
         else:
-            left_out[ending or "no ending"] += 1
+            left_out.append(name)
     if left_out:
-        kinds = ", ".join(f"{ending} ({count})" for ending, count in left_out.most_common(10))
-        say(f"note: left out {counted(left_out.total(), 'file')} not known as sound: {kinds}")
+        which = ", ".join(left_out[:5])
+        say(f"note: left out {counted(len(left_out), 'file')} not known as sound: {which}")
     if not clips:
         raise UserError(f"--audio_dir {folder}: there are no sound files below it")
-    return Dataset(folder.resolve().name, folder, (), clips[:max_samples])
+    return Dataset(absolute.name, folder, (), clips[:max_samples])
 
 
 def list_files(folder: Path) -> list[str]:
@@ -505,16 +493,14 @@ def list_files(folder: Path) -> list[str]:
     def report(error: OSError) -> None:
         if error.errno not in CLIP_ERRNOS:
             raise error
-        if error.errno != errno.ENOENT:
-            say(f"note: the folder {error.filename} is left out: {error.strerror}")
+        say(f"note: the folder {error.filename} is left out: {error.strerror}")
 
     found, seen = [], set()
     for where, folders, names in os.walk(folder, followlinks=True, onerror=report):
-        status = os.stat(where)
-        if (status.st_dev, status.st_ino) in seen:
+        if os.path.realpath(where) in seen:
             folders.clear()
             continue
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(os.path.realpath(where))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             if not name.startswith("."):
@@ -538,23 +524,16 @@ def find_file(clip: Clip, dataset: Dataset) -> None:
     try:
         clip.name = name_below(dataset.audio_dir, clip.fname)
         clip.path = dataset.audio_dir / clip.name
-        try:
-            clip.stamp = look_at(clip.path)
-        except BadClip:
+        if not os.path.isfile(clip.path):
             key = comparable(clip.name)
-            fitting = dataset.index.get(key, set())
+            fitting = dataset.index.get(key, {clip.name})
             fitting = {file for file in fitting if file.count("/") == key.count("/")} or fitting
-            if not fitting:
-                raise
             if len(fitting) > 1:
-                several = ", ".join(sorted(fitting)[:5])
-                raise BadClip(f"several files fit this name: {several}") from None
-            clip.path = dataset.audio_dir / fitting.pop()
-            clip.stamp = look_at(clip.path)
+                raise BadClip(f"several files fit this name: {', '.join(sorted(fitting)[:5])}")
+            clip.path = dataset.audio_dir / next(iter(fitting))
+        clip.stamp = look_at(clip.path)
     except BadClip as reason:
         clip.error = str(reason)
-        if clip.error == NO_FILE and "\\" in clip.fname:
-            clip.error += "; the name has a backslash, and / separates folders"
         if clip.error == NO_FILE and "\N{REPLACEMENT CHARACTER}" in clip.fname:
             clip.error += "; the name is not UTF-8: rename the file"
 
@@ -596,8 +575,8 @@ def find_separator(text: str) -> str:
 
 
 def read_table(csv_path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Read the header of a table and its rows, by column; the header shows the separator."""
-    number, spanning = 1, []  # the line in which a row begins; those of rows of several lines
+    """Read the header of a table and its rows, by column. Raises UserError: it cannot be read."""
+    line, rows = 1, []  # the line in which a row begins
     try:
         data = csv_path.read_bytes()
         text = re.sub(r"\Asep=.\r?\n", "\n", data.decode("utf-8-sig"))  # Excel's first line
@@ -609,74 +588,60 @@ def read_table(csv_path: Path) -> tuple[list[str], list[dict[str, str]]]:
         csv.field_size_limit(2**31 - 1)
         lines = io.StringIO(text, newline="")
         reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
-        header, rows = [], []
         for cells in reader:
             if any(cell.strip() for cell in cells):
-                if not header:
-                    header = [cell.strip() for cell in cells]
-                elif any(cell.strip() for cell in cells[len(header) :]):
+                if rows and any(cell.strip() for cell in cells[len(rows[0]) :]):
                     raise csv.Error(
-                        f"{len(cells)} cells, and {len(header)} in the header; a cell with "
-                        f"{SEPARATORS[separator]} in it needs quotes"
+                        f"{len(cells)} cells, and {len(rows[0])} in the header; a cell with "
+                        f"{separator!r} in it needs quotes"
                     )
-                else:
-                    rows.append(dict(zip(header, cells)))
-                spanning += [number] if reader.line_num > number else []
-            number = reader.line_num + 1
+                rows.append(cells)
+            line = reader.line_num + 1
     except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{csv_path}, line {number}: not UTF-8. Save it as UTF-8.") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{csv_path}, line {line}: not UTF-8. Save it as UTF-8.") from error
     except csv.Error as error:
         reason = str(error).replace("unexpected end of data", "a quote is never closed")
-        raise UserError(f"{csv_path}, line {number}: {reason}") from error
+        raise UserError(f"{csv_path}, line {line}: {reason}") from error
     except OSError as error:
         raise UserError(f"{csv_path}: {error.strerror}") from error
-    check_table(csv_path, header, rows, separator, spanning)
-    return header, rows
+    if len(rows) < 2:
+        raise UserError(f"{csv_path} lists no clips: it needs a header and rows")
+    header = [cell.strip() for cell in rows[0]]
+    return header, [dict(zip(header, cells)) for cells in rows[1:]]
 
 
-def check_table(
-    csv_path: Path, header: list[str], rows: list, separator: str, spanning: list[int]
-) -> None:
-    """Name rows that look swallowed. Raises UserError: there is no column of names, or no row."""
-    if spanning:
-        what = f"{counted(len(spanning), 'row')} of several lines, the first in line {spanning[0]}"
-        say(f"note: {csv_path} has {what}. If that is wrong, a quote is missing or one too many.")
-    if not header:
-        raise UserError(f"{csv_path} is empty")
-    if not {name.lower() for name in header} & set(NAME_COLUMNS):
-        columns = f"{', '.join(header[:8])} (separated by {SEPARATORS[separator]})"
-        names = f"{', '.join(NAME_COLUMNS[:-1])} or {NAME_COLUMNS[-1]}"
-        raise UserError(f"{csv_path} has no column {names}, only {columns}: rename the right one")
-    if not rows:
-        raise UserError(f"{csv_path} lists no clips: nothing follows its header")
+def read_clips(csv_path: Path, settings: Settings) -> tuple[tuple[str, ...], list[Clip]]:
+    """Read the names of --metadata's further columns, and the clips that a table lists.
 
-
-def read_clips(
-    csv_path: Path, settings: Settings, keep_extra: bool = False
-) -> tuple[tuple[str, ...], list[Clip]]:
-    """Read the clips that a table lists, and the names of its further columns if they are kept.
-
-    Columns without a name are passed over. Repeated rows count once.
+    Columns without a name are passed over. Repeated rows count once. Raises UserError.
     """
     header, rows = read_table(csv_path)
     columns = {name.lower(): name for name in reversed(header)}  # a capital is forgiven
-    name_column = next(columns[name] for name in NAME_COLUMNS if name in columns)
+    name_column = next((columns[name] for name in NAME_COLUMNS if name in columns), None)
     label_column = next((columns[name] for name in LABEL_COLUMNS if name in columns), None)
+    if name_column is None:
+        names, there = " or ".join(NAME_COLUMNS), ", ".join(header[:8])
+        raise UserError(f"{csv_path} has no column {names}, only {there}: rename the right one")
     main = {name_column, label_column} - {None}
-    extra = [name for name in header if keep_extra and name and name not in main]
+    extra = [name for name in header if settings.metadata and name and name not in main]
     for name in [*main, *extra]:
         if header.count(name) > 1:
             raise UserError(f"{csv_path}: the column {name!r} is there twice; rename one")
-        ours = {*COLUMNS, *CHUNK_COLUMNS, "tokens"}
-        if name in extra and (name in ours or re.fullmatch(r"token_\d+", name)):
+    for name in extra:
+        if name in {*COLUMNS, *CHUNK_COLUMNS, "tokens"} or re.fullmatch(r"token_\d+", name):
             raise UserError(f"{csv_path}: column {name!r} clashes with an output column; rename it")
-    clips = {}
+    clips, spanning = {}, []
     for row in rows:
         labels = row.get(label_column, "").strip()
         further = tuple(row.get(name, "").strip() for name in extra)
         clip = Clip(row.get(name_column, ""), labels, further)
         clips.setdefault((clip.fname, labels, further), clip)
+        if any("\n" in cell for cell in row.values()):
+            spanning.append(clip.fname)
+    if spanning:
+        what = f"{counted(len(spanning), 'row')} of several lines (the first: {spanning[0]})"
+        say(f"note: {csv_path} has {what}. If that is wrong, a quote is missing or one too many.")
     repeated = len(rows) - len(clips)
     if repeated:
         say(f"note: {csv_path} repeats {counted(repeated, 'row')}; duplicates are ignored")

@@ -55,11 +55,13 @@ def cells(clips):
     return [(clip.fname, clip.labels) for clip in clips]
 
 
-def read(tmp_path, content, settings=None, keep_extra=False):
+def read(tmp_path, content, max_samples=None, keep_extra=False):
     """What read_clips makes of a CSV's content: the names of the further columns, and the clips."""
     path = tmp_path / "clips.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_clips(path, settings or Settings(), keep_extra)
+    metadata = path if keep_extra else None
+    settings = Settings(metadata=metadata, audio_dir=tmp_path, max_samples=max_samples)
+    return read_clips(path, settings)
 
 
 # -------------------------------------------------------------------------------- FSDKaggle2019
@@ -74,7 +76,8 @@ def test_both_layouts_are_found(csv_name, folder_name, tmp_path):
     stem = "test" if folder_name.endswith("test") else "train_curated"
     dataset = find_dataset(Settings(input_dir=tmp_path), stem)
     assert (dataset.stem, dataset.columns) == (stem, ())
-    assert dataset.audio_dir == tmp_path / folder_name
+    find_file(dataset.clips[0], dataset)
+    assert dataset.clips[0].path == tmp_path / folder_name / "a.wav"
     assert cells(dataset.clips) == [("a.wav", labels)]
 
 
@@ -129,7 +132,7 @@ def test_the_bundled_sample_is_what_its_generator_makes(tmp_path):
 
 def test_the_script_alone_has_no_sample_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("encodec_tokenizer.SAMPLE_DIR", tmp_path / "sample")
-    with pytest.raises(UserError, match="the sample comes with the repository"):
+    with pytest.raises(UserError, match="No such file"):
         find_datasets(Settings(dataset="sample"))
 
 
@@ -139,12 +142,15 @@ def test_the_script_alone_has_no_sample_and_says_so(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "content, says",
     [
-        (b"", "is empty"),
-        (b" \n\n", "is empty"),
+        (b"", "lists no clips"),
+        (b" \n\n", "lists no clips"),
         (b"fname,labels\n", "lists no clips"),
         (b"fname,labels\n  \n", "lists no clips"),
-        (b"file,labels\na.wav,Bark\n", "no column fname, filename or file_name, only file, labels"),
-        (b"client\tpath\tlabel\n1\ta.wav\tx\n", "client, path, label (separated by tabs)"),
+        (
+            b"file,labels\na.wav,Bark\n",
+            "no column fname or filename or file_name, only file, labels",
+        ),
+        (b"client\tpath\tlabel\n1\ta.wav\tx\n", "only client, path, label"),
         (b"fname,labels\na.wav,Bark\nb.wav,Walk,Slam\n", "line 3: 3 cells, and 2 in the header"),
         (b'fname,label,text\na.wav,x,"open\nb.wav,y,fine\n', "line 2: a quote is never closed"),
         ("fname,labels\na.wav,x\né.wav,Bark\n".encode("latin-1"), "line 3: not UTF-8"),
@@ -204,7 +210,7 @@ def test_rows_of_several_lines_are_told(tmp_path, capsys):
     """Two stray quotes swallow the rows between them."""
     text = 'fname,label,text\na.wav,x,"open\nb.wav,y,fine\nc.wav,z,close"\n'
     assert cells(read(tmp_path, text)[1]) == [("a.wav", "x")]
-    assert "has 1 row of several lines, the first in line 2. If that" in capsys.readouterr().err
+    assert "has 1 row of several lines (the first: a.wav). If that" in capsys.readouterr().err
 
 
 def test_repeated_rows_are_used_once_and_told(tmp_path, capsys):
@@ -216,7 +222,7 @@ def test_repeated_rows_are_used_once_and_told(tmp_path, capsys):
 
 def test_max_samples_takes_the_first_rows(tmp_path):
     text = "fname,labels\nb.wav,1\na.wav,2\nc.wav,3\n"
-    _, clips = read(tmp_path, text, Settings(max_samples=2))
+    _, clips = read(tmp_path, text, max_samples=2)
     assert [clip.fname for clip in clips] == ["b.wav", "a.wav"]
 
 
@@ -244,11 +250,11 @@ def test_columns_that_the_output_has_itself_are_refused(name, tmp_path):
     "flags, says",
     [
         ("--metadata none.csv --audio_dir audio", "none.csv: No such file"),
-        ("--audio_dir nowhere", "there is no such folder"),
-        ("--audio_dir audio/a.wav", "it is a file: name its folder"),
+        ("--audio_dir nowhere", "nowhere is left out: No such file"),
+        ("--audio_dir audio/a.wav", "audio/a.wav is left out: Not a directory"),
         ("--audio_dir tables", "there are no sound files below it"),
-        ("--metadata tables/a.csv --audio_dir audio/a.wav", "it is a file: name its folder"),
-        ("--metadata tables/b.csv --audio_dir audio", "no such file; the name has a backslash"),
+        ("--metadata tables/a.csv --audio_dir audio/a.wav", "a.wav is left out: Not a directory"),
+        ("--metadata tables/b.csv --audio_dir audio", "C:\\x\\b.wav: no such file"),
     ],
 )
 def test_a_command_that_finds_no_clip_says_why(flags, says, tmp_path, run, monkeypatch):
@@ -278,7 +284,7 @@ def test_a_folder_alone_gives_every_sound_file_below_it(tmp_path, capsys):
     expected = [("a/10.ogg", "a"), ("a/9.mp3", "a"), ("a/E: low.m4a", "a"), ("a/Z.WAV", "a")]
     expected += [("a/x.mp2", "a"), ("a/x.sph", "a"), ("a/x.wave", "a"), ("a.wav", "birds")]
     assert cells(dataset.clips) == [*expected, ("b/1.wav", "b"), ("b/c/2.flac", "c")]
-    note = "left out 3 files not known as sound: .txt (2), .csv (1)"
+    note = "left out 3 files not known as sound: a/notes.txt, clips.csv, x.txt"
     assert note in capsys.readouterr().err
     (first,) = find_datasets(Settings(audio_dir=tmp_path / "birds", max_samples=2))
     assert cells(first.clips) == cells(dataset.clips)[:2]
@@ -355,7 +361,7 @@ REASONS = {
     "both": "several files fit this name: both.ogg, both.wav",
     "gone.wav": "no such file",
     "plain.wav/inside.wav": "no such file",
-    "gone\\gone.wav": "no such file; the name has a backslash, and / separates folders",
+    "gone\\gone.wav": "no such file",
     "deep": "a folder, not a file",
     "pipe.wav": "a pipe or a device, not a file",
     "n" * 300: "cannot be opened: File name too long",
