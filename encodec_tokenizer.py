@@ -58,6 +58,7 @@ from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, NamedTuple, get_args, get_type_hints
 
 if TYPE_CHECKING:
@@ -491,8 +492,7 @@ def list_files(folder: Path) -> list[str]:
     """
 
     def report(error: OSError) -> None:
-        if error.errno not in CLIP_ERRNOS:
-            raise error
+        fault_of_file(error)
         say(f"note: the folder {error.filename} is left out: {error.strerror}")
 
     found, seen = [], set()
@@ -549,15 +549,21 @@ def name_below(folder: Path, fname: str) -> str:
     raise BadClip("the path is outside the audio folder (--audio_dir)")
 
 
+def fault_of_file(error: OSError) -> str:
+    """Say what is wrong with a file. Raises the error itself: the machine is at fault."""
+    if error.errno not in CLIP_ERRNOS:
+        raise error
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return NO_FILE
+    return f"cannot be opened: {error.strerror}"
+
+
 def look_at(path: Path) -> Stamp:
     """Return a file's stamp; ctime, because `rsync -t`, `cp -p` and unzip set the mtime."""
     try:
         status = os.stat(path)
     except OSError as error:
-        if error.errno not in CLIP_ERRNOS:
-            raise
-        is_missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        raise BadClip(NO_FILE if is_missing else f"cannot be opened: {error.strerror}") from error
+        raise BadClip(fault_of_file(error)) from error
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise BadClip(f"{kind}, not a file")
@@ -1369,9 +1375,8 @@ def read_kept(folder: Path, name: str) -> Kept | None:
     try:
         data = kept_path(folder, name).read_bytes()
     except OSError as error:
-        if error.errno in CLIP_ERRNOS:
-            return None
-        raise
+        fault_of_file(error)
+        return None
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as members:
             # ZipFile.read checks the CRC of a whole member; np.load on a path does not always.
@@ -1463,7 +1468,7 @@ def take_kept(clip: Clip, folder: Path) -> Kept | None:
 def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[torch.Tensor]]:
     """Take a clip's codes if they are kept; else read its file, and return its chunks [C, T] too.
 
-    Raises BadClip: the clip is at fault. RunError: its file is gone. OSError: the machine's faults.
+    Raises BadClip: the clip is at fault. OSError, with a path: the machine is at fault.
     """
     spec, chunks = MODELS[settings.model], []
     try:
@@ -1486,24 +1491,17 @@ def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[
             )
         if look_at(clip.path) != clip.stamp:
             raise BadClip("the file changed while it was read; the next run tries it again")
-    except (OSError, BadClip) as error:
-        if str(error) == NO_FILE or getattr(error, "errno", None) == errno.ENOENT:
-            raise RunError(
-                f"{clip.path} was there when the run began, and is gone now. Is its folder still "
-                "mounted? The same command resumes."
-            ) from error
-        if isinstance(error, BadClip):
-            raise
-        if error.errno in CLIP_ERRNOS:
-            raise BadClip(f"cannot be opened: {error.strerror}") from error
-        raise OSError(error.errno, error.strerror, error.filename or str(clip.path)) from error
+    except OSError as error:
+        error.filename = error.filename or str(clip.path)  # an error of reading has none
+        raise BadClip(fault_of_file(error)) from error
     return kept, chunks
 
 
 def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
     """Load, encode and keep some clips. Each ends with its file's checksum, or with an error.
 
-    The codes of GROUP_SECONDS of audio are made together. Raises RunError, OSError: see load_clip.
+    The codes of GROUP_SECONDS of audio are made together.
+    Raises RunError: a file is gone. OSError: the machine is at fault.
     """
     debug, waiting = encoder.settings.debug, []
     for clip in group:
@@ -1512,6 +1510,11 @@ def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
                 say(f"{clip.fname}: loading")
             kept, chunks = load_clip(clip, folder, encoder.settings)
         except BadClip as reason:
+            if str(reason) == NO_FILE:
+                raise RunError(
+                    f"{clip.path} was there when the run began, and is gone now. Is its folder "
+                    "still mounted? The same command resumes."
+                ) from reason
             clip.error = str(reason)
             if debug:
                 say(f"{clip.fname} [{clip.labels}]: FAILED: {reason}")
@@ -1555,13 +1558,10 @@ def encode_clips(
 def in_own_order(groups: list) -> list:
     """Order the groups for this process: its own share first, then the others' to help them.
 
-    The others' come from the last to the first, from a place that differs between processes, so
-    that helpers meet their owners, and each other, late.
+    It goes on from the end of the share before its own, so that it meets that owner late.
     """
-    own = groups[RANK::WORLD_SIZE]
-    others = [group for i, group in enumerate(groups) if i % WORLD_SIZE != RANK][::-1]
-    place = len(others) * RANK // WORLD_SIZE
-    return own + others[place:] + others[:place]
+    first, end = (len(groups) * rank // WORLD_SIZE for rank in (RANK, RANK + 1))
+    return groups[first:end] + groups[:first][::-1] + groups[end:][::-1]
 
 
 def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
@@ -1638,11 +1638,8 @@ class Job:
         names = [*DECIDE_CODES, "aggregate"]
         if self.settings.whole:  # it does not depend on how chunks are cut
             names = [name for name in names if name not in CHUNK_SETTINGS]
-        return (
-            {name: getattr(self.settings, name) for name in names}
-            | {"weights": self.weights}
-            | found
-        )
+        decide = {name: getattr(self.settings, name) for name in names}
+        return decide | {"weights": self.weights} | found
 
     @cached_property
     def codes(self) -> Path:
@@ -1840,13 +1837,12 @@ def write_outputs(job: Job) -> int:
 
     Returns the exit status: 1 if no clip could be tokenized; the old outputs then stay.
     """
-    clips, failed, folder = job.dataset.clips, job.output("failed", "csv"), job.settings.output_dir
+    clips, failed, parent = job.dataset.clips, job.output("failed", "csv"), job.settings.output_dir
     failures = [(clip.fname, clip.error) for clip in clips if clip.error]
     num_done, num_new = len(clips) - len(failures), sum(clip.encoded_s > 0 for clip in clips)
-    remove_old(folder, ".unfinished-*")
-    folder /= f".unfinished-{uuid.uuid4().hex}"
-    folder.mkdir()
-    try:
+    remove_old(parent, ".unfinished-*")
+    with TemporaryDirectory(prefix=".unfinished-", dir=parent, ignore_cleanup_errors=True) as name:
+        folder = Path(name)
         new = write_views(job, folder) if num_done else []
         if failures and (num_done or not job.csv.exists()):
             new.insert(1, failed)
@@ -1855,14 +1851,12 @@ def write_outputs(job: Job) -> int:
         if num_done:
             refuse_to_lose_rows(job, num_done)  # another run may have finished meanwhile
         for path in new:
-            if path.parent == folder.parent:
+            if path.parent == parent:
                 (folder / path.name).replace(path)
             else:  # a picture's, perhaps on another disk
                 shutil.copyfile(folder / path.name, path)
         if not failures:
             failed.unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     see = f" (see {failed})" if failures else ""
     if not num_done:
         more = f"{job.csv} stays as it is" if job.csv.exists() else f"all reasons: {failed}"
@@ -2030,9 +2024,6 @@ def prepare(job: Job) -> None:
     refuse_to_lose_rows(job, sum(not clip.error for clip in clips))
     try:
         job.codes.mkdir(parents=True, exist_ok=True)
-        for folder in (output_dir, job.codes):
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(errno.EACCES, "it is read-only", str(folder))
     except OSError as error:
         raise UserError(f"--output_dir {output_dir} cannot be used: {error}") from error
     remove_old(job.codes, "*.tmp")
