@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import difflib
 import errno
 import hashlib
 import io
@@ -258,10 +257,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     words = [
         re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), w) for w in words
     ]
-    given, unknown = parser.parse_known_args(words)
-    for word in unknown:
-        close = difflib.get_close_matches(word, [f"--{name}" for name in vars(Settings())], 1)
-        parser.error(f"unknown argument {word}" + (f"; did you mean {close[0]}?" if close else ""))
+    given = parser.parse_args(words)
     if "dataset" in given and "audio_dir" in given:
         parser.error("--dataset and --audio_dir each name a set of clips: give one of them")
     try:
@@ -686,14 +682,7 @@ def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.
         raise BadClip("the name is not UTF-8: rename the file") from error
     except sf.LibsndfileError as error:
         digest = sha256_of(path)
-        if error.code == 17:  # libsndfile's malloc failed
-            raise MemoryError(error.error_string) from error
-        if error.code == 2:  # a system call failed, although the file can be read
-            raise OSError(errno.EIO, error.error_string, str(path)) from error
-        reason = explain(error, head)
-        if reason:
-            raise BadClip(reason) from error
-        samples, rate = read_by_torchaudio(path, error)
+        samples, rate = read_otherwise(path, error, head)
         check_duration(samples.shape[1] / rate, max_duration_s)
         return mix_channels(check_samples(samples), channels), rate, digest
 
@@ -722,12 +711,6 @@ def check_header(audio: sf.SoundFile, max_duration_s: float) -> None:
                 f"truncated, or its header is wrong: {int(there):,} of the {int(promised):,} bytes "
                 "of audio that it promises are there"
             )
-    behind = audio.extra_info.partition("data : 0\n")[2]  # chunks are named there, audio is not
-    if audio.frames == 0 and re.match("[^\n]*(Unknown chunk|Have 0) marker", behind):
-        raise BadClip(
-            "its header says 0 bytes of audio, although more follow. To repair it:  "
-            "ffmpeg -ignore_length 1 -i FILE -c copy REPAIRED.wav"
-        )
 
 
 def decode(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.Tensor:
@@ -755,7 +738,7 @@ def decode(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.T
         pieces.append(mix_channels(check_samples(torch.from_numpy(piece.T)), channels))
         length += len(piece)
     if length == 0:
-        raise BadClip("no samples: the file holds a header and no audio")
+        raise BadClip("no samples: the header promises none, or none follow")
     check_duration(length / audio.samplerate, max_duration_s)
     exact = audio.format in EXACT_FORMATS and not audio.subtype.startswith("MPEG")
     if exact and length < audio.frames < UNKNOWN_LENGTH:
@@ -785,19 +768,6 @@ def mix_channels(samples: torch.Tensor, channels: int) -> torch.Tensor:
     return samples.mean(dim=0, keepdim=True).repeat(channels, 1)
 
 
-def explain(error: sf.LibsndfileError, head: bytes) -> str:
-    """Say why libsndfile failed to read a file that begins with `head`; "": it is unknown to it."""
-    if is_text(head):
-        return TEXT
-    if re.match(rb"ID3|APETAGEX|TAG", head):
-        return "no audio behind the file's tag could be decoded"
-    if error.code == 24:  # "SF_INFO struct incomplete"
-        return "its header is damaged: a sample rate or a number of channels of 0"
-    if error.code in (1, 4, 7):  # the format or the encoding; 7: no MP3 although its name says so
-        return ""
-    return f"damaged, or not a sound file (libsndfile: {error.error_string.strip()})"
-
-
 def is_text(head: bytes) -> bool:
     """Tell whether a file begins like text: with UTF-16's mark, or without control characters."""
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -805,11 +775,23 @@ def is_text(head: bytes) -> bool:
     return len(set(head)) > 1 and not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]", head)
 
 
-def read_by_torchaudio(path: Path, unknown: sf.LibsndfileError) -> tuple[torch.Tensor, int]:
-    """Read a file of a format that libsndfile does not know: samples [C, T], and the rate in Hz.
+def read_otherwise(
+    path: Path, failure: sf.LibsndfileError, head: bytes
+) -> tuple[torch.Tensor, int]:
+    """Read a file that begins with `head` by torchaudio, if libsndfile does not know its format.
 
     torchaudio needs TorchCodec and FFmpeg since 2.9. FFmpeg plays what is left of a damaged file.
+    Returns samples [C, T], and the rate in Hz. For errors see read_audio.
     """
+    words = failure.error_string.strip()
+    if failure.code == 17:  # libsndfile's malloc failed
+        raise MemoryError(words) from failure
+    if failure.code == 2:  # a system call failed, although the file can be read
+        raise OSError(errno.EIO, words, str(path)) from failure
+    if is_text(head):
+        raise BadClip(TEXT) from failure
+    if failure.code not in (1, 4, 7):  # the format or the encoding; 7: it is named MP3, and is none
+        raise BadClip(f"damaged, or not a sound file (libsndfile: {words})") from failure
     try:
         return torchaudio.load(path)
     except MemoryError:
@@ -819,8 +801,8 @@ def read_by_torchaudio(path: Path, unknown: sf.LibsndfileError) -> tuple[torch.T
             raise
         if "allocate memory" in str(error):  # PyTorch's words for no memory
             raise MemoryError(str(error)) from error
-        theirs = "it is no MP3." if unknown.code == 7 else unknown.error_string
-        reasons = " ".join(f"soundfile: {theirs} torchaudio: {error}".split())
+        words = "it is no MP3." if failure.code == 7 else words
+        reasons = " ".join(f"soundfile: {words} torchaudio: {error}".split())
         raise BadClip(f"not audio that can be read ({reasons})") from error
 
 
@@ -989,14 +971,9 @@ def load_model(settings: Settings, path: Path | None) -> tuple[EncodecModel, str
     """
     model = untrained_model(settings.model) if path is None else build_model(settings.model)
     if path is not None:
-        state = read_state(path)
-        named = fitting(state, model)
+        named = fitting(read_state(path), model)
         if named is None:
-            others = [name for name in MODELS if fitting(state, build_model(name))]
-            hint = "of no EnCodec model"
-            if others:
-                hint = f"those of {others[0]}: add --model {others[0]}"
-            raise UserError(f"the weights in {path} are not {settings.model}'s; they are {hint}")
+            raise UserError(f"the weights in {path} are not {settings.model}'s (see --model)")
         model.load_state_dict(named)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -1572,9 +1549,8 @@ def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
         if not clip.sha256 and not clip.error:
             first_rows.setdefault(clip.name, clip)
     files = list(first_rows.values())
-    size = 4 if settings.whole else GROUP_CLIPS  # whole clips share no batches
     shares = 2 if WORLD_SIZE == 1 else 8 * WORLD_SIZE  # so that few clips are shared evenly
-    size = max(1, min(size, len(files) // shares))
+    size = max(1, min(GROUP_CLIPS, len(files) // shares))
     groups = in_own_order([files[i : i + size] for i in range(0, len(files), size)])
     bar = show_progress(None, dataset.stem, total=len(clips))
     pool = ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -1987,8 +1963,7 @@ def run(settings: Settings) -> int:
     for job in jobs:
         prepare(job)
     if weights == UNTRAINED:
-        warning = f"WARNING: UNTRAINED WEIGHTS. {UNTRAINED_WARNING}"
-        say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
+        say(f"\nWARNING: UNTRAINED WEIGHTS. {UNTRAINED_WARNING}\n")
     encoder = make_encoder(model, settings)
     clips = [clip for dataset in datasets for clip in dataset.clips]
     try:
@@ -1996,10 +1971,8 @@ def run(settings: Settings) -> int:
             encode_dataset(job.dataset, job.codes, encoder)
     except (Exception, Interrupted):
         done = sum(bool(clip.sha256) for clip in clips)
-        state = (
-            f"{done:,} of {counted(len(clips), 'clip')} finished; the same command resumes there"
-        )
-        say(state if done else "nothing finished yet; the same command starts again")
+        total = counted(len(clips), "clip")
+        say(f"{done:,} of {total} finished; the same command resumes there")
         raise
     if RANK > 0:
         encoded = sum(clip.encoded_s > 0 for clip in clips)

@@ -232,7 +232,7 @@ def test_a_break_is_one_sentence_and_with_debug_a_traceback(run, make_dataset, s
     monkeypatch.setattr(encodec_tokenizer, "write_kept", broken_disk)
     status, _, err = run("--input_dir", root)
     assert status == 1 and "No space left on device" in err and "Traceback" not in err
-    assert "nothing finished yet; the same command starts again" in err
+    assert "0 of 1 clip finished; the same command resumes there" in err
     assert "Traceback" in run("--input_dir", root, "--debug")[2]
 
 

@@ -139,13 +139,13 @@ def test_weights_that_cannot_be_used_end_in_one_sentence(tmp_path, weights, run)
         "text.safetensors": (b"no checkpoint", "is not a PyTorch checkpoint"),
         "attack.th": (pickle.dumps(attack, 2), "is not a PyTorch checkpoint"),
         "attack2.th": (saved({"encoder": attack}), "is not a PyTorch checkpoint"),
-        "list.th": (saved([1, 2]), "of no EnCodec model"),
-        "more.th": (saved({**state, "more": torch.zeros(1)}), "of no EnCodec model"),
-        "fewer.th": (saved(dict(list(state.items())[1:])), "of no EnCodec model"),
+        "list.th": (saved([1, 2]), "are not encodec_24khz's"),
+        "more.th": (saved({**state, "more": torch.zeros(1)}), "are not encodec_24khz's"),
+        "fewer.th": (saved(dict(list(state.items())[1:])), "are not encodec_24khz's"),
         "encodec_24khz-d7cc33bc.th": (saved(state), "is damaged: its SHA-256 begins with"),
     }
     cases = {tmp_path / "missing.th": "no such file", tmp_path: "no such file"}
-    cases[weights("encodec_48khz")] = "those of encodec_48khz: add --model encodec_48khz"
+    cases[weights("encodec_48khz")] = "are not encodec_24khz's (see --model)"
     for name, (content, says) in files.items():
         (tmp_path / name).write_bytes(content)
         cases[tmp_path / name] = says
