@@ -58,10 +58,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, NamedTuple, get_args, get_type_hints
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from typing import Annotated, NamedTuple, get_args, get_type_hints
 
 __version__ = "3.0.0"
 
@@ -433,25 +430,25 @@ def find_datasets(settings: Settings) -> list[Dataset]:
 def find_dataset(settings: Settings, stem: str) -> Dataset:
     """Find a dataset's CSV and audio folder in `input_dir` or up to two folders below it.
 
-    Kaggle names them train_curated.csv and train_curated/ (trn_curated/ in some copies), Zenodo
-    (record 3612637) FSDKaggle2019.meta/train_curated_post_competition.csv and
-    FSDKaggle2019.audio_train_curated/. Kaggle lists its test clips in sample_submission.csv. A
-    folder that is gone is no error yet: clips whose codes are kept do not need it.
+    Kaggle lists its test clips in sample_submission.csv. A folder that is gone is no error yet:
+    clips whose codes are kept do not need it.
     """
 
     def search(name: str) -> list[Path]:
-        patterns = (name, f"*/{name}", f"*/*/{name}")
-        return [path for pattern in patterns for path in sorted(settings.input_dir.glob(pattern))]
+        depths = ("", "*/", "*/*/")
+        return [path for depth in depths for path in sorted(settings.input_dir.glob(depth + name))]
 
     kaggle_table = "sample_submission.csv" if stem == "test" else f"{stem}.csv"
-    layouts = {kaggle_table: [stem, stem.replace("train_", "trn_")]}
-    layouts[f"{stem}_post_competition.csv"] = [f"FSDKaggle2019.audio_{stem}"]
+    layouts = {  # a table -> the names that its audio folder may have
+        kaggle_table: [stem, stem.replace("train_", "trn_")],
+        f"{stem}_post_competition.csv": [f"FSDKaggle2019.audio_{stem}"],  # Zenodo, record 3612637
+    }
     found = []
     for table_name, folder_names in layouts.items():
         folders = [path for name in folder_names for path in search(name) if path.is_dir()]
-        folder = folders[0] if folders else settings.input_dir / folder_names[0]
+        folders.append(settings.input_dir / folder_names[0])  # it may be gone
         for table in search(table_name)[:1]:
-            found.append((not folders, table, folder))
+            found.append((not folders[0].is_dir(), table, folders[0]))
     if not found:
         raise UserError(
             f"the dataset {stem} is not in {settings.input_dir.resolve()} or up to two folders "
@@ -488,7 +485,7 @@ def list_files(folder: Path) -> list[str]:
     """
 
     def report(error: OSError) -> None:
-        fault_of_file(error)
+        fault_of_file(error)  # raises the machine's
         say(f"note: the folder {error.filename} is left out: {error.strerror}")
 
     found, seen = [], set()
@@ -655,7 +652,6 @@ def read_clips(csv_path: Path, settings: Settings) -> tuple[tuple[str, ...], lis
 EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "AIFF", "AU")  # these give all that they promise
 UNKNOWN_LENGTH = 2**40  # samples; a FLAC stream may say 2^48, an MP3 stream 2^63
 PIPED = 2**31 - 2**24  # bytes; programs that write to a pipe give sizes from here on
-TEXT = "not audio: the file holds text"
 LOUDEST = 100.0  # of samples that may be audio between -1 and 1
 
 
@@ -674,7 +670,7 @@ def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.
     try:
         with sf.SoundFile(str(path)) as audio:
             if audio.format == "RAW":  # by its ending alone, libsndfile takes any bytes for samples
-                raise BadClip(TEXT if is_text(head) else "no header that says how to read the file")
+                raise BadClip("no header that says how to read the file: it may hold text")
             check_header(audio, max_duration_s)
             digest = sha256_of(path)  # before decoding: it raises the disk's I/O errors
             return decode(audio, channels, max_duration_s), audio.samplerate, digest
@@ -768,13 +764,6 @@ def mix_channels(samples: torch.Tensor, channels: int) -> torch.Tensor:
     return samples.mean(dim=0, keepdim=True).repeat(channels, 1)
 
 
-def is_text(head: bytes) -> bool:
-    """Tell whether a file begins like text: with UTF-16's mark, or without control characters."""
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return True
-    return len(set(head)) > 1 and not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]", head)
-
-
 def read_otherwise(
     path: Path, failure: sf.LibsndfileError, head: bytes
 ) -> tuple[torch.Tensor, int]:
@@ -788,8 +777,10 @@ def read_otherwise(
         raise MemoryError(words) from failure
     if failure.code == 2:  # a system call failed, although the file can be read
         raise OSError(errno.EIO, words, str(path)) from failure
-    if is_text(head):
-        raise BadClip(TEXT) from failure
+    is_utf_16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
+    has_controls = re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]", head)
+    if is_utf_16 or (len(set(head)) > 1 and not has_controls):
+        raise BadClip("not audio: the file holds text") from failure
     if failure.code not in (1, 4, 7):  # the format or the encoding; 7: it is named MP3, and is none
         raise BadClip(f"damaged, or not a sound file (libsndfile: {words})") from failure
     try:
@@ -969,8 +960,10 @@ def load_model(settings: Settings, path: Path | None) -> tuple[EncodecModel, str
     Returns the model, and the SHA-256 of the tensors that decide the codes, which is the same for
     every form of checkpoint. Raises UserError: another model's, NaN, or all-zero codebooks.
     """
-    model = untrained_model(settings.model) if path is None else build_model(settings.model)
-    if path is not None:
+    if path is None:
+        model = untrained_model(settings.model)
+    else:
+        model = build_model(settings.model)
         named = fitting(read_state(path), model)
         if named is None:
             raise UserError(f"the weights in {path} are not {settings.model}'s (see --model)")
@@ -1352,7 +1345,7 @@ def read_kept(folder: Path, name: str) -> Kept | None:
     try:
         data = kept_path(folder, name).read_bytes()
     except OSError as error:
-        fault_of_file(error)
+        fault_of_file(error)  # raises the machine's
         return None
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as members:
@@ -1398,25 +1391,6 @@ def write_kept(folder: Path, name: str, kept: Kept) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-def find_kept(dataset: Dataset, folder: Path, max_duration_s: float) -> int:
-    """Give each clip the checksum of the codes that are kept of it; count the files that are gone.
-
-    Codes of a file that has other times or another size now do not count yet: see take_kept.
-    """
-    num_gone = 0
-    for clip in show_progress(dataset.clips, f"{dataset.stem}: looking for codes", delay=2):
-        kept = read_kept(folder, clip.name)
-        is_gone = clip.error.startswith(NO_FILE)
-        if kept and (is_gone or clip.stamp == kept.stamp):
-            num_gone += is_gone
-            try:
-                check_duration(kept.duration_sec, max_duration_s)
-                clip.sha256, clip.error = kept.sha256, ""
-            except BadClip as reason:
-                clip.error = str(reason)
-    return num_gone
 
 
 def show_progress(clips: list[Clip], what: str, **options: object) -> tqdm:
@@ -1525,20 +1499,8 @@ def encode_clips(
         except BadClip as reason:
             clip.error = str(reason)
         if encoder.settings.debug:
-            first = " ".join(map(str, kept.codes[0, 0, :8]))
-            say(
-                f"{clip.fname} [{clip.labels}]: {kept.duration_sec:.3f} s, "
-                f"{counted(len(chunks), 'chunk')}, first codes {first} {clip.error}"
-            )
-
-
-def in_own_order(groups: list) -> list:
-    """Order the groups for this process: its own share first, then the others' to help them.
-
-    It goes on from the end of the share before its own, so that it meets that owner late.
-    """
-    first, end = (len(groups) * rank // WORLD_SIZE for rank in (RANK, RANK + 1))
-    return groups[first:end] + groups[:first][::-1] + groups[end:][::-1]
+            what = f"{kept.duration_sec:.3f} s, {counted(len(chunks), 'chunk')} {clip.error}"
+            say(f"{clip.fname} [{clip.labels}]: {what}")
 
 
 def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
@@ -1551,7 +1513,11 @@ def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
     files = list(first_rows.values())
     shares = 2 if WORLD_SIZE == 1 else 8 * WORLD_SIZE  # so that few clips are shared evenly
     size = max(1, min(GROUP_CLIPS, len(files) // shares))
-    groups = in_own_order([files[i : i + size] for i in range(0, len(files), size)])
+    groups = [files[i : i + size] for i in range(0, len(files), size)]
+    # Its own share comes first. Then it helps the others, beginning with the end of the share
+    # before its own, so that it meets that owner late.
+    first, end = (len(groups) * rank // WORLD_SIZE for rank in (RANK, RANK + 1))
+    groups = groups[first:end] + groups[:first][::-1] + groups[end:][::-1]
     bar = show_progress(None, dataset.stem, total=len(clips))
     pool = ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
@@ -1569,8 +1535,8 @@ def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
         pool.shutdown(wait=False, cancel_futures=True)
     for clip in clips:
         if not clip.sha256 and not clip.error:
-            first = first_rows[clip.name]
-            clip.sha256, clip.error = first.sha256, first.error
+            encoded = first_rows[clip.name]
+            clip.sha256, clip.error = encoded.sha256, encoded.error
 
 
 # ------------------------------------------------------------------------------------------ outputs
@@ -1644,20 +1610,18 @@ def refuse_to_lose_rows(job: Job, num_clips: int) -> None:
     if job.settings.overwrite or not job.csv.exists():
         return
     record, differences = job.read_record(), []
-    try:
-        settings, num_before = record["settings"], int(record["total_samples_processed"])
-        if job.csv.stat().st_size not in record["csv_bytes"]:
-            raise ValueError
-        if settings["weights"] == UNTRAINED:
-            return
+    settings, num_before = record.get("settings"), record.get("total_samples_processed", 0)
+    if not isinstance(settings, dict) or job.csv.stat().st_size not in record.get("csv_bytes", []):
+        name = job.output("tokenized", "json").name
+        differences.append(f"{name} does not describe it: it was edited, or another tool made it")
+    elif settings.get("weights") == UNTRAINED:
+        return
+    else:
         for name, value in job.made_with.items():
             if settings.get(name) != value:
                 differences.append(f"--{name}: {settings.get(name)} -> {value}")
         if num_before > num_clips:
             differences.append(f"{num_before} clips -> {num_clips} clips: rows would be lost")
-    except (KeyError, TypeError, ValueError, AttributeError):
-        name = job.output("tokenized", "json").name
-        differences = [f"{name} does not describe it: it was edited, or another tool made it"]
     if differences:
         raise UserError(
             "\n  ".join([f"{job.csv} is there, and this run would change it:", *differences])
@@ -1763,7 +1727,7 @@ def summarize(job: Job, totals: Totals) -> dict[str, object]:
     padding = np.maximum(0, 0 if settings.whole else settings.target_duration - seconds)
     on_cpu = settings.device == "cpu"
     cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    facts = {
+    return {
         "dataset": job.dataset.stem,
         "total_samples_processed": len(kept),
         "failed_clips": sum(bool(clip.error) for clip in job.dataset.clips),
@@ -1785,10 +1749,9 @@ def summarize(job: Job, totals: Totals) -> dict[str, object]:
         "weights_file": job.weights_file,
         "device": settings.device,
         "machine": cpu if on_cpu else torch.cuda.get_device_name(settings.device),
-        "versions": {"script": __version__, "libsndfile": sf.__libsndfile_version__},
+        "versions": {"script": __version__, "libsndfile": sf.__libsndfile_version__}
+        | {name: version(name) for name in PACKAGES if find_spec(name)},
     }
-    facts["versions"] |= {name: version(name) for name in PACKAGES if find_spec(name)}
-    return facts
 
 
 def text_summary(facts: dict[str, object]) -> str:
@@ -1821,7 +1784,7 @@ def write_outputs(job: Job) -> int:
         folder = Path(name)
         new = write_views(job, folder) if num_done else []
         if failures and (num_done or not job.csv.exists()):
-            new.insert(1, failed)
+            new.insert(-1, failed)
             with (folder / failed.name).open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file, lineterminator="\n").writerows([("fname", "error"), *failures])
         if num_done:
@@ -1858,7 +1821,8 @@ def write_views(job: Job, folder: Path) -> list[Path]:
     (folder / summary.name).write_text(text_summary(facts), encoding="utf-8")
     new, picture, parquet = [record, summary], picture_path(job), job.output("tokenized", "parquet")
     if picture:
-        new.append(picture)
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        new.insert(0, picture)  # to copy it may fail: then all the others stay as they are
         write_picture(job, totals, facts, folder / picture.name)
         facts["picture"] = os.path.relpath(picture, job.settings.output_dir)
     if job.settings.parquet or parquet.exists():
@@ -1919,7 +1883,7 @@ def write_picture(job: Job, totals: Totals, facts: dict, path: Path) -> None:
         books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes", ylim=(0, None))
         books.legend(frameon=False)
         for (clip, _), column in zip((done[0], done[(len(done) - 1) // 2], done[-1]), panels[1:].T):
-            draw_clip(job, clip, *column)
+            draw_clip(job, clip, column)
         figure.supxlabel(
             "A short, a median and a long clip: its first chunk, and the codes of its first row.\n"
             "Grey is zero padding. Colours tell codes apart and have no order.",
@@ -1928,8 +1892,9 @@ def write_picture(job: Job, totals: Totals, facts: dict, path: Path) -> None:
         figure.savefig(path, dpi=300)
 
 
-def draw_clip(job: Job, clip: Clip, wave: Axes, tokens: Axes) -> None:
-    """Draw a clip's first chunk over the codes of its first row, with the padding in grey."""
+def draw_clip(job: Job, clip: Clip, panels: np.ndarray) -> None:
+    """Draw a clip's first chunk, and below it the codes of its first row; padding is grey."""
+    wave, tokens = panels
     settings, kept = replace(job.settings, device="cpu"), read_kept(job.codes, clip.name)
     chunk_s = kept.duration_sec if settings.whole else settings.target_duration
     try:
@@ -1945,7 +1910,7 @@ def draw_clip(job: Job, clip: Clip, wave: Axes, tokens: Axes) -> None:
     look = {"cmap": "nipy_spectral", "vmin": 0, "vmax": NUM_CODES - 1, "interpolation": "nearest"}
     tokens.imshow(row, aspect="auto", extent=extent, **look)
     tokens.set(xlabel="time (s)", ylabel="codebook")
-    for panel in (wave, tokens):
+    for panel in panels:
         panel.axvspan(min(kept.duration_sec, chunk_s), chunk_s, color="0.5", alpha=0.4, linewidth=0)
 
 
@@ -1982,9 +1947,21 @@ def run(settings: Settings) -> int:
 
 
 def prepare(job: Job) -> None:
-    """Find the clips that are finished, and make sure that the others can be. Raises UserError."""
-    clips, output_dir = job.dataset.clips, job.settings.output_dir
-    num_gone = find_kept(job.dataset, job.codes, job.settings.max_duration)
+    """Find the clips that are finished, and make sure that the others can be. Raises UserError.
+
+    Codes of a file that has other times or another size now do not count yet: see take_kept.
+    """
+    clips, output_dir, num_gone = job.dataset.clips, job.settings.output_dir, 0
+    for clip in show_progress(clips, f"{job.dataset.stem}: looking for codes", delay=2):
+        kept = read_kept(job.codes, clip.name)
+        is_gone = clip.error.startswith(NO_FILE)
+        if kept and (is_gone or clip.stamp == kept.stamp):
+            num_gone += is_gone
+            try:
+                check_duration(kept.duration_sec, job.settings.max_duration)
+                clip.sha256, clip.error = kept.sha256, ""
+            except BadClip as reason:
+                clip.error = str(reason)
     num_missing = sum(clip.error.startswith(NO_FILE) for clip in clips)
     if num_missing and not any(clip.stamp for clip in clips):
         first = next(clip for clip in clips if clip.error)  # others may have codes

@@ -231,7 +231,7 @@ BAD = {  # a name and its bytes -> what its reason says
     **{(f"{kind}.mp3", PAGE.encode(kind)): TEXT for kind in ENCODINGS},
     **{(f"{kind}.wav", JAPANESE.encode(kind)): TEXT for kind in ("shift-jis", "iso-2022-jp")},
     # By these endings libsndfile takes any bytes for samples without a header.
-    **{(f"page.{end}", PAGE.encode()): TEXT for end in ("au", "snd", "vox", "gsm")},
+    **{(f"page.{end}", PAGE.encode()): "it may hold text" for end in ("au", "snd", "vox", "gsm")},
     ("cut.au", encoded(CHIRP, 44_100, "AU")[:10]): "",
     # "File does not exist": libsndfile's words for what is no MP3, although its name ends so.
     ("video.mp3", b"\0\0\0\x18ftypM4A " + bytes(range(1, 256)) * 9): "not audio that can be read",

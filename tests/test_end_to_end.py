@@ -213,12 +213,11 @@ def test_summary_and_json_tell_what_made_the_file(run, make_dataset, sound, tmp_
     assert len(facts["codes_in_use_per_codebook"]) == len(facts["perplexity_per_codebook"]) == 4
 
 
-def test_debug_shows_every_clip(run, make_dataset, sound, tmp_path):
+def test_debug_shows_every_clip(run, make_dataset, sound):
     root = make_dataset({"a.wav": (sound(4.0, 22_050), 22_050), "b.wav": (sound(1.0), 44_100)})
     (root / "train_curated" / "b.wav").write_bytes(b"")
     _, _, err = run("--input_dir", root, "--debug", "--aggregate", "none")
-    codes = " ".join(map(str, tokens_of(tmp_path / "out" / CSV)[0][:8]))
-    assert f"a.wav [Label_0,Slam]: 4.000 s, 3 chunks, first codes {codes}" in err
+    assert "a.wav [Label_0,Slam]: 4.000 s, 3 chunks" in err
     assert "b.wav [Label_1,Slam]: FAILED: empty file (0 bytes)" in err
     assert err.index("a.wav: loading") < err.index("a.wav [Label_0")
 

@@ -43,6 +43,7 @@ def test_a_picture_shows_clips_and_their_codes(
     "name, written, begins",
     [
         ("figure", "out/figure.png", b"\x89PNG"),
+        ("new/figure.png", "out/new/figure.png", b"\x89PNG"),
         ("figure.pdf", "out/figure.pdf", b"%PDF"),
         ("{}/figure.svg", "figure.svg", b"<?xml"),
     ],
