@@ -468,10 +468,10 @@ def list_folder(folder: Path, max_samples: int | None) -> Dataset:
         if os.path.splitext(name)[1].lower() in ENDINGS:
             clips.append(Clip(name, labels=(absolute / name).parent.name))
         else:
-            left_out.append(name)
+            left_out.append(os.path.splitext(name)[1] or "no ending")
     if left_out:
-        which = ", ".join(left_out[:5])
-        say(f"note: left out {counted(len(left_out), 'file')} not known as sound: {which}")
+        endings = ", ".join(sorted(set(left_out))[:20])
+        say(f"note: left out {counted(len(left_out), 'file')} not known as sound: {endings}")
     if not clips:
         raise UserError(f"--audio_dir {folder}: there are no sound files below it")
     return Dataset(absolute.name, folder, (), clips[:max_samples])
