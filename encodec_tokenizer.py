@@ -416,6 +416,8 @@ def find_datasets(settings: Settings) -> list[Dataset]:
     elif settings.audio_dir:
         datasets = [list_folder(settings.audio_dir, settings.max_samples)]
     elif settings.dataset == "sample":
+        if not SAMPLE_DIR.is_dir():
+            raise UserError(f"the sample comes with the repository: there is no {SAMPLE_DIR}")
         datasets = [Dataset("sample", SAMPLE_DIR, *read_clips(SAMPLE_DIR / "sample.csv", settings))]
     else:
         datasets = [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
@@ -463,6 +465,8 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
 
 def list_folder(folder: Path, max_samples: int | None) -> Dataset:
     """Take every sound file below a folder, sorted by path, labelled by the folder it lies in."""
+    if not folder.is_dir():
+        raise UserError(f"--audio_dir {folder}: there is no such folder")
     clips, left_out, absolute = [], [], folder.resolve()
     for name in list_files(folder):
         if os.path.splitext(name)[1].lower() in ENDINGS:
@@ -485,8 +489,8 @@ def list_files(folder: Path) -> list[str]:
     """
 
     def report(error: OSError) -> None:
-        fault_of_file(error)  # raises the machine's
-        say(f"note: the folder {error.filename} is left out: {error.strerror}")
+        if fault_of_file(error) != NO_FILE:
+            say(f"note: the folder {error.filename} is left out: {error.strerror}")
 
     found, seen = [], set()
     for where, folders, names in os.walk(folder, followlinks=True, onerror=report):
@@ -734,7 +738,7 @@ def decode(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.T
         pieces.append(mix_channels(check_samples(torch.from_numpy(piece.T)), channels))
         length += len(piece)
     if length == 0:
-        raise BadClip("no samples: the header promises none, or none follow")
+        raise BadClip("no samples: its header says 0 bytes of audio, or none follow it")
     check_duration(length / audio.samplerate, max_duration_s)
     exact = audio.format in EXACT_FORMATS and not audio.subtype.startswith("MPEG")
     if exact and length < audio.frames < UNKNOWN_LENGTH:
@@ -964,9 +968,14 @@ def load_model(settings: Settings, path: Path | None) -> tuple[EncodecModel, str
         model = untrained_model(settings.model)
     else:
         model = build_model(settings.model)
-        named = fitting(read_state(path), model)
+        state = read_state(path)
+        named = fitting(state, model)
         if named is None:
-            raise UserError(f"the weights in {path} are not {settings.model}'s (see --model)")
+            others = [name for name in MODELS if fitting(state, build_model(name))]
+            hint = "of no EnCodec model"
+            if others:
+                hint = f"those of {others[0]}: add --model {others[0]}"
+            raise UserError(f"the weights in {path} are not {settings.model}'s; they are {hint}")
         model.load_state_dict(named)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -1391,6 +1400,25 @@ def write_kept(folder: Path, name: str, kept: Kept) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def find_kept(dataset: Dataset, folder: Path, max_duration_s: float) -> int:
+    """Give each clip the checksum of the codes that are kept of it; count the files that are gone.
+
+    Codes of a file that has other times or another size now do not count yet: see take_kept.
+    """
+    num_gone = 0
+    for clip in show_progress(dataset.clips, f"{dataset.stem}: looking for codes", delay=2):
+        kept = read_kept(folder, clip.name)
+        is_gone = clip.error.startswith(NO_FILE)
+        if kept and (is_gone or clip.stamp == kept.stamp):
+            num_gone += is_gone
+            try:
+                check_duration(kept.duration_sec, max_duration_s)
+                clip.sha256, clip.error = kept.sha256, ""
+            except BadClip as reason:
+                clip.error = str(reason)
+    return num_gone
 
 
 def show_progress(clips: list[Clip], what: str, **options: object) -> tqdm:
@@ -1928,7 +1956,8 @@ def run(settings: Settings) -> int:
     for job in jobs:
         prepare(job)
     if weights == UNTRAINED:
-        say(f"\nWARNING: UNTRAINED WEIGHTS. {UNTRAINED_WARNING}\n")
+        warning = f"WARNING: UNTRAINED WEIGHTS. {UNTRAINED_WARNING}"
+        say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
     encoder = make_encoder(model, settings)
     clips = [clip for dataset in datasets for clip in dataset.clips]
     try:
@@ -1947,21 +1976,9 @@ def run(settings: Settings) -> int:
 
 
 def prepare(job: Job) -> None:
-    """Find the clips that are finished, and make sure that the others can be. Raises UserError.
-
-    Codes of a file that has other times or another size now do not count yet: see take_kept.
-    """
-    clips, output_dir, num_gone = job.dataset.clips, job.settings.output_dir, 0
-    for clip in show_progress(clips, f"{job.dataset.stem}: looking for codes", delay=2):
-        kept = read_kept(job.codes, clip.name)
-        is_gone = clip.error.startswith(NO_FILE)
-        if kept and (is_gone or clip.stamp == kept.stamp):
-            num_gone += is_gone
-            try:
-                check_duration(kept.duration_sec, job.settings.max_duration)
-                clip.sha256, clip.error = kept.sha256, ""
-            except BadClip as reason:
-                clip.error = str(reason)
+    """Find the clips that are finished, and make sure that the others can be. Raises UserError."""
+    clips, output_dir = job.dataset.clips, job.settings.output_dir
+    num_gone = find_kept(job.dataset, job.codes, job.settings.max_duration)
     num_missing = sum(clip.error.startswith(NO_FILE) for clip in clips)
     if num_missing and not any(clip.stamp for clip in clips):
         first = next(clip for clip in clips if clip.error)  # others may have codes
