@@ -5,17 +5,15 @@ import os
 import sys
 from pathlib import Path
 
-# Two threads of a library for linear algebra, on a machine that has other work, take ten times as
-# long as one: they wait for each other at every step.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Here and in all processes that tests start: two threads of a library for linear algebra, on a
+# machine that has other work, take ten times as long as one, for they wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import filelock
 import numpy as np
 import pytest
 import soundfile
 import torch
-
-torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -29,14 +27,6 @@ import encodec_tokenizer  # noqa: E402
 untrained_model = encodec_tokenizer.untrained_model
 made_once = functools.cache(untrained_model)
 encodec_tokenizer.untrained_model = lambda name: copy.deepcopy(made_once(name))
-
-
-def main(*args) -> int:
-    """Run the script's main in this process, and set PyTorch back to one thread."""
-    try:
-        return encodec_tokenizer.main([str(arg) for arg in args])
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +68,7 @@ def run(tmp_path, capfd):
     def command(*args, weights="untrained", device="cpu"):
         flags = ["--output_dir", tmp_path / "out", "--device", device, "--weights", weights]
         try:
-            status = main(*flags, *args)
+            status = encodec_tokenizer.main([str(arg) for arg in (*flags, *args)])
         except SystemExit as stop:
             status = stop.code
         printed = capfd.readouterr()

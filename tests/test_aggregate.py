@@ -31,7 +31,7 @@ def plain_latents(model, chunk):
 def plain_rows(model, path):
     """What each aggregate has to make of a clip, in plain steps: how -> [R, K, F]."""
     audio = reference.load(path, model.sample_rate, model.channels)
-    chunks = reference.chunks(audio, model.sample_rate)
+    chunks = reference.chunks(audio, model.sample_rate, target_s=1.0)
     codes = np.stack([reference.codes(model, chunk) for chunk in chunks])
     latents = torch.stack([plain_latents(model, chunk) for chunk in chunks])
     mean = latents.mean(0)
@@ -52,8 +52,8 @@ def test_every_aggregate_is_what_plain_encodec_gives(
     name, run, make_dataset, sound, weights, plain, tmp_path
 ):
     """Also of codes that are there: only the first run encodes."""
-    root = make_dataset({"short.wav": (sound(1.5), 44_100), "long.wav": (sound(5.0), 44_100)})
-    flags = ["--input_dir", root, "--model", name, "--overwrite"]
+    root = make_dataset({"short.wav": (sound(0.7), 44_100), "long.wav": (sound(2.5), 44_100)})
+    flags = ["--input_dir", root, "--model", name, "--target_duration", 1.0, "--overwrite"]
     clips = sorted((root / "train_curated").iterdir())
     expected = {path.name: plain_rows(plain(name), path) for path in clips}
     assert expected["long.wav"]["none"].shape[0] == 3
