@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import soundfile
 
 import encodec_tokenizer
 from encodec_tokenizer import Kept, kept_path, read_kept, write_kept
@@ -58,8 +57,6 @@ def move(root):
 
 def add_in_front(root):
     shutil.copy(root / "train_curated" / "0.wav", root / "train_curated" / "a.wav")
-    samples, rate = soundfile.read(root / "train_curated" / "a.wav")
-    soundfile.write(root / "train_curated" / "a.wav", samples[::-1], rate)
     edit(root, lambda rows: ["a.wav,x", *rows])
 
 
@@ -130,6 +127,7 @@ def test_a_name_that_cannot_be_kept_fails_alone(run, root, tmp_path):
     assert status == 0 and "2 clips tokenized (0 encoded now, 2 already there), 1 failed" in out
     failed = pd.read_csv(tmp_path / "out" / "failed_train_curated.csv")
     assert failed["fname"].tolist() == ["1.wav"] and "cannot be kept" in failed["error"][0]
+    assert not list(folder.glob("*.tmp"))
 
 
 def kept_folders(run, root, tmp_path):
