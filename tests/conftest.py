@@ -4,11 +4,10 @@ import functools
 import os
 import sys
 from pathlib import Path
-from unittest import mock
 
-# Two threads of a library for linear algebra, on a machine that has other work, take ten times as
-# long as one: they wait for each other at every step.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Here and in all processes that tests start: two threads of a library for linear algebra, on a
+# machine that has other work, take ten times as long as one, for they wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import filelock
 import numpy as np
@@ -16,80 +15,27 @@ import pytest
 import soundfile
 import torch
 
-torch.set_num_threads(1)
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import faults  # noqa: E402
 import standin  # noqa: E402
 
 import encodec_tokenizer  # noqa: E402
 
-
-def made_once(build):
-    """Make `build` run at most once for each name; every caller gets a copy."""
-    made = functools.cache(torch.no_grad()(build))
-    return functools.wraps(build)(lambda name: copy.deepcopy(made(name)))
-
-
-# Nearly every test builds a model and draws untrained codebooks, which takes up to three seconds.
-# (untrained_model sets its own seed before it builds.)
-build_model, untrained_model = encodec_tokenizer.build_model, encodec_tokenizer.untrained_model
-
-
-def untrained_of_its_own(name: str) -> torch.nn.Module:
-    with mock.patch.object(encodec_tokenizer, "build_model", build_model):
-        return untrained_model(name)
-
-
-encodec_tokenizer.build_model = made_once(build_model)
-encodec_tokenizer.untrained_model = made_once(untrained_of_its_own)
-
-
-def main(*args) -> int:
-    """Run the script's main in this process, and set PyTorch back to one thread."""
-    try:
-        return encodec_tokenizer.main([str(arg) for arg in args])
-    finally:
-        torch.set_num_threads(1)
-
-
-@torch.no_grad()
-def stand_in_state(name: str) -> dict[str, torch.Tensor]:
-    """Make stand-in weights from less audio than standin.py, which needs a minute or more.
-
-    The codebooks beyond 6 kbps are noise of the deviation that those before them leave.
-    """
-    books, frames = {"encodec_24khz": (8, 700), "encodec_48khz": (4, 1500)}[name]
-    varied = standin.varied_audio
-
-    def less(rate: int, channels: int, seconds: int, seed: int) -> torch.Tensor:
-        """12 s of the audio that the convolutions are scaled by, which has seed 0."""
-        return varied(rate, channels, seconds if seed else 12, seed)
-
-    with (
-        mock.patch.object(standin, "FRAMES_PER_CODEBOOK", frames),
-        mock.patch.object(standin, "varied_audio", less),
-    ):
-        state = standin.stand_in(name, num_codebooks=books)
-    model = standin.plain_model(name)
-    model.load_state_dict(state)
-    audio = varied(model.sample_rate, model.channels, 4, seed=2)
-    residual = torch.cat([model.encoder(second[None])[0].T for second in audio])
-    for layer in model.quantizer.vq.layers:
-        if not layer.codebook.any():
-            noise = torch.randn(layer.codebook.shape)
-            layer.codebook.copy_(residual.mean(0) + 0.5 * residual.std(0) * noise)
-        residual = residual - layer.codebook[layer.encode(residual.T[None])[0]]
-    return model.state_dict()
+# To draw untrained codebooks takes seconds: it is done once, and each test gets a copy.
+untrained_model = encodec_tokenizer.untrained_model
+made_once = functools.cache(untrained_model)
+encodec_tokenizer.untrained_model = lambda name: copy.deepcopy(made_once(name))
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """weights(name of a model): a checkpoint file of stand-in weights.
+    """weights(name of a model): a checkpoint file of stand-in weights, made of little audio.
 
     It is made once for all processes of the suite, whose folders lie side by side (pytest-xdist).
     """
+    sizes = {"encodec_24khz": (8, 700, 12), "encodec_48khz": (4, 1500, 12)}
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
@@ -97,7 +43,7 @@ def weights(tmp_path_factory):
         file = folder / f"{name}.th"
         with filelock.FileLock(file.with_suffix(".lock")):
             if not file.exists():
-                torch.save(stand_in_state(name), file)
+                torch.save(standin.stand_in(name, *sizes[name]), file)
         return file
 
     return path
@@ -122,13 +68,20 @@ def run(tmp_path, capfd):
     def command(*args, weights="untrained", device="cpu"):
         flags = ["--output_dir", tmp_path / "out", "--device", device, "--weights", weights]
         try:
-            status = main(*flags, *args)
+            status = encodec_tokenizer.main([str(arg) for arg in (*flags, *args)])
         except SystemExit as stop:
             status = stop.code
         printed = capfd.readouterr()
         return status, printed.out, printed.err
 
     return command
+
+
+@pytest.fixture
+def ready_made_codes(monkeypatch):
+    """Codes come from tests/faults.py: for tests in which the model makes no difference."""
+    monkeypatch.setattr(encodec_tokenizer, "load_model", faults.load_model)
+    monkeypatch.setattr(encodec_tokenizer, "make_encoder", faults.Codes)
 
 
 def write_dataset(folder: Path, clips: dict, stem: str, rows: list | None = None) -> Path:

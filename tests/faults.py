@@ -29,7 +29,6 @@ import encodec_tokenizer as script
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["encodec_tokenizer", "faults"])
 PATHS = [str(Path(script.__file__).parent), str(Path(__file__).parent)]
-GROUP_CLIPS = 4
 
 
 def codes_of(chunk: torch.Tensor) -> np.ndarray:
@@ -55,13 +54,13 @@ class Codes:
         return latents.round().numpy().astype(np.uint16)
 
 
+def load_model(settings: script.Settings, path: Path | None) -> tuple[SimpleNamespace, str]:
+    """No model; the name of its file stands in for the checksum of the weights."""
+    return SimpleNamespace(), script.UNTRAINED if path is None else path.name
+
+
 def use_small_groups_and_ready_made_codes() -> None:
-    script.GROUP_CLIPS = GROUP_CLIPS
-    script.make_encoder = Codes
-    script.load_model = lambda settings, path: (
-        SimpleNamespace(),
-        script.UNTRAINED if path is None else path.name,
-    )
+    script.GROUP_CLIPS, script.make_encoder, script.load_model = 4, Codes, load_model
     write_kept = script.write_kept
 
     def write_and_tell(folder: Path, name: str, kept: script.Kept) -> None:
@@ -129,41 +128,6 @@ def kill_at_step(number: int) -> None:
     io.open = open_in_steps  # Path.open and its like
 
 
-def kill_after_clips(count: int) -> None:
-    """SIGKILL for this process when the codes of so many clips are in their places."""
-    done = iter(range(count - 1))
-    wrap("write_kept", after=lambda: next(done, None) is None and kill_me())
-
-
-def signal_at_rename(number: int) -> None:
-    """SIGTERM for this process before it renames the output of that number."""
-    replace, numbers = Path.replace, iter(range(1000))
-
-    def rename(path: Path, target: Path) -> Path:
-        if ".unfinished" in str(path) and next(numbers) == number:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return replace(path, target)
-
-    Path.replace = rename
-
-
-def kill_me() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def wrap(name: str, before: Callable = lambda: None, after: Callable = lambda: None) -> None:
-    """Call `before` and `after` around a function of the script's."""
-    function = getattr(script, name)
-
-    def call(*args, **kwargs):
-        before()
-        result = function(*args, **kwargs)
-        after()
-        return result
-
-    setattr(script, name, call)
-
-
 def at_clip(name: str, what: Callable[..., None], *args: object) -> None:
     """Call `what` in the thread that has decided to load the clip of that name."""
     load_clip = script.load_clip
@@ -178,12 +142,6 @@ def at_clip(name: str, what: Callable[..., None], *args: object) -> None:
 
 def limit_file_size(max_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))
-
-
-def limit_memory(more_bytes: int) -> None:
-    """So much more than now, and no more."""
-    now = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_DATA, (now + more_bytes, now + more_bytes))
 
 
 def close_stream(number: int, path: str | None) -> None:
@@ -228,11 +186,8 @@ def fail_to_read(end: str, number: int) -> None:
     io.open = open_bad
 
 
-def no_memory_to_decode() -> None:
-    def read(*_, **__):
-        raise MemoryError("std::bad_alloc")
-
-    script.sf.SoundFile.read = read
+def no_memory(error: Exception) -> None:
+    script.decode = mock.Mock(side_effect=error)
 
 
 # ------------------------------------------------------------------------------------ the processes
@@ -259,14 +214,10 @@ def start(argv, log: Path, before=(), slow_s=0.0, rank=()) -> CONTEXT.Process:
     before: functions called before it. slow_s: seconds of each chunk. rank: (number, processes).
     """
     argv = ["--weights", "untrained", "--device", "cpu", *map(str, argv)]
-    return start_process(child, argv, list(before), slow_s, rank, str(log))
-
-
-def start_process(function: Callable, *args: object) -> CONTEXT.Process:
     # Python 3.11 does not tell the server where to find what it preloads.
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(PATHS)):
         forkserver.ensure_running()
-    process = CONTEXT.Process(target=function, args=args)
+    process = CONTEXT.Process(target=child, args=(argv, list(before), slow_s, rank, str(log)))
     process.start()
     return process
 

@@ -18,7 +18,6 @@ BUILD = {
     "encodec_24khz": EncodecModel.encodec_model_24khz,
     "encodec_48khz": EncodecModel.encodec_model_48khz,
 }
-FRAMES_PER_CODEBOOK = 1500
 
 
 def plain_model(name: str, weights: Path | None = None) -> EncodecModel:
@@ -64,8 +63,14 @@ def varied_audio(rate: int, channels: int, seconds: int, seed: int) -> torch.Ten
 
 
 @torch.no_grad()
-def stand_in(name: str, seed: int = 0, num_codebooks: int = 32) -> dict[str, torch.Tensor]:
-    """A state dict for the model of that name. Takes some 20 s, less with fewer codebooks."""
+def stand_in(
+    name: str, num_codebooks: int = 32, num_frames: int = 1500, scale_s: int = 40, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """A state dict for the model of that name. Takes some 20 s; less with smaller numbers.
+
+    `scale_s` seconds of audio scale the convolutions, `num_frames` frames fill a codebook. The
+    codebooks beyond `num_codebooks` are noise of the deviation that those before them leave.
+    """
     torch.manual_seed(seed)
     model = plain_model(name)
 
@@ -83,15 +88,15 @@ def stand_in(name: str, seed: int = 0, num_codebooks: int = 32) -> dict[str, tor
 
     convolutions = [m for m in model.encoder.modules() if isinstance(m, torch.nn.Conv1d)]
     hooks = [module.register_forward_hook(to_unit_deviation) for module in convolutions]
-    model.encoder(normalized(varied_audio(model.sample_rate, model.channels, 40, seed)))
+    model.encoder(normalized(varied_audio(model.sample_rate, model.channels, scale_s, seed)))
     for hook in hooks:
         hook.remove()
 
     layers = model.quantizer.vq.layers[:num_codebooks]
-    seconds = -(-len(layers) * FRAMES_PER_CODEBOOK // model.frame_rate)
+    seconds = -(-len(layers) * num_frames // model.frame_rate)
     audio = normalized(varied_audio(model.sample_rate, model.channels, int(seconds), seed + 1))
     latents = torch.cat([model.encoder(second[None])[0].T for second in audio])
-    parts = latents[torch.randperm(len(latents))].split(FRAMES_PER_CODEBOOK)
+    parts = latents[torch.randperm(len(latents))].split(num_frames)
     for i, layer in enumerate(layers):
         residual = parts[i]
         for earlier in layers[:i]:
@@ -105,6 +110,12 @@ def stand_in(name: str, seed: int = 0, num_codebooks: int = 32) -> dict[str, tor
                 free &= distances[j] >= apart
         layer.codebook.fill_(1e3)  # out of reach of any latent
         layer.codebook[: len(kept)] = residual[kept]
+    residual = parts[0]
+    for i, layer in enumerate(model.quantizer.vq.layers):
+        if i >= num_codebooks:
+            noise = torch.randn(layer.codebook.shape)
+            layer.codebook.copy_(residual.mean(0) + 0.5 * residual.std(0) * noise)
+        residual = residual - layer.codebook[layer.encode(residual.T[None])[0]]
     return model.state_dict()
 
 

@@ -32,11 +32,10 @@ def test_defaults_are_those_of_the_contract():
     assert settings == Settings()
     assert (settings.dataset, settings.model, settings.bandwidth) == ("curated", "encodec_24khz", 6)
     assert (settings.target_duration, settings.overlap, settings.whole) == (2.0, 0.1, False)
-    assert (settings.aggregate, settings.weights) == ("mean", "pretrained")
+    assert (settings.aggregate, settings.weights, settings.device) == ("mean", "pretrained", "auto")
     assert (str(settings.input_dir), str(settings.output_dir)) == ("input", "work/tokenized")
-    assert (settings.device, settings.max_duration) == ("auto", 600)
-    assert settings.max_samples is None and not settings.overwrite and not settings.debug
-    assert settings.plot is None and not settings.parquet
+    assert (settings.max_duration, settings.max_samples, settings.overwrite) == (600, None, False)
+    assert (settings.plot, settings.parquet, settings.debug) == (None, False, False)
 
 
 def test_hyphens_are_understood_as_underscores():
@@ -105,28 +104,11 @@ def test_auto_takes_the_cpu_where_pytorch_has_no_kernels_for_the_gpu(monkeypatch
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *shape, device=None: ones(*shape))
     settings = resolve_device(parse_settings([]))
-    assert settings.device == "cpu" and settings.batch_size == 4
+    assert settings.device == "cpu"
     err = capfd.readouterr().err
     assert "no kernel image is available" in err and "Compile" not in err
     with pytest.raises(UserError, match=r"--device cuda cannot be used: .*no kernel image"):
         resolve_device(parse_settings(["--device", "cuda"]))
-
-
-@pytest.mark.parametrize(
-    "flags, size",
-    [
-        ("--target_duration 0.5", 16),
-        ("--target_duration 2", 4),
-        ("--target_duration 60", 1),
-        ("--batch_size 7", 7),
-        ("--whole", 1),
-        ("--whole --model encodec_48khz", 4),  # of the model's segments of 1 s
-    ],
-)
-def test_a_batch_is_counted_in_seconds_of_audio(flags, size):
-    """So that long chunks take no more memory."""
-    settings = parse_settings(["--device", "cpu", *flags.split()])
-    assert resolve_device(settings).batch_size == size
 
 
 def test_help_shows_every_flag_with_its_default_and_examples(capsys):
@@ -144,22 +126,19 @@ def test_help_shows_every_flag_with_its_default_and_examples(capsys):
 # ----------------------------------------------------------------------- before PyTorch is there
 
 
-def test_a_missing_package_is_one_sentence_and_the_way_on(tmp_path):
-    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
+@pytest.mark.parametrize(
+    "package, error, says",
+    [
+        ("torch", "ImportError('No module named x')", "No module named x"),
+        # As torchaudio fails beside another version of torch.
+        ("torchaudio", "OSError('Could not load') from OSError('no symbol x')", "no symbol x"),
+    ],
+)
+def test_a_package_that_does_not_load_is_explained(package, error, says, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise {error}")
     done = run_beside(tmp_path, "--dataset", "sample")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "No module named 'torch'" in done.stderr
-    assert "pip install -r requirements.txt" in done.stderr
-
-
-def test_torchaudio_of_another_torch_is_explained(tmp_path):
-    (tmp_path / "torchaudio.py").write_text(
-        "raise OSError('Could not load this library') from OSError('undefined symbol: x')"
-    )
-    done = run_beside(tmp_path, "--dataset", "sample")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "Could not load this library" in done.stderr and "undefined symbol: x" in done.stderr
-    assert "pip install -r requirements.txt" in done.stderr
+    assert says in done.stderr and "pip install -r requirements.txt" in done.stderr
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], MISTAKES[0][0], MISTAKES[-1][0]])

@@ -26,6 +26,7 @@ from encodec_tokenizer import (
     read_clips,
 )
 
+pytestmark = pytest.mark.usefixtures("ready_made_codes")
 META, AUDIO = "FSDKaggle2019.meta/", "FSDKaggle2019.audio_"
 LAYOUTS = {  # where a table and its audio folder lie
     "Kaggle": ("train_curated.csv", "train_curated"),
@@ -88,22 +89,6 @@ def test_an_audio_folder_is_not_taken_from_the_other_layout(tmp_path):
     assert dataset.audio_dir.name == "FSDKaggle2019.audio_test"
 
 
-def test_a_missing_dataset_is_told_with_the_places_and_the_ways_on(tmp_path, run):
-    status, _, err = run("--input_dir", tmp_path / "nowhere")
-    assert status == 2
-    for part in ("train_curated.csv", "train_curated_post_competition.csv", "--dataset sample"):
-        assert part in err
-    assert str(tmp_path / "nowhere") in err and "https://zenodo.org/record/3612637" in err
-    assert "UNTRAINED" not in err  # found out before any weights are looked for
-
-
-def test_a_missing_audio_folder_is_an_error_before_the_run(tmp_path, run):
-    (tmp_path / "train_curated.csv").write_text("fname,labels\na.wav,Bark\n")
-    status, _, err = run("--input_dir", tmp_path)
-    assert status == 2 and f"no file of 1 clip is in {tmp_path / 'train_curated'}: is the" in err
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_gone_audio_folder_of_a_finished_run_is_no_error(tmp_path, run):
     csv_name, folder = LAYOUTS["Zenodo"]
     lay_out(tmp_path, csv_name, folder)
@@ -130,13 +115,10 @@ def test_the_bundled_sample_is_what_its_generator_makes(tmp_path):
         assert rate == kept_rate and np.abs(x.astype(int) - y).max() <= 1
 
 
-def test_the_script_alone_has_no_sample_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("encodec_tokenizer.SAMPLE_DIR", tmp_path / "sample")
-    with pytest.raises(UserError, match="No such file"):
-        find_datasets(Settings(dataset="sample"))
-
-
 # --------------------------------------------------------------------------------------- any CSV
+
+
+OURS = ["num_chunks", "chunk", "start_sec", "token_7", "tokens"]  # columns of the output
 
 
 @pytest.mark.parametrize(
@@ -157,11 +139,12 @@ def test_the_script_alone_has_no_sample_and_says_so(tmp_path, monkeypatch):
         (b"RIFF\x00\x00\xff\xfe", "not UTF-8"),
         (b"fname,labels,labels\na.wav,dog,cat\n", "the column 'labels' is there twice"),
         (b"fname,labels,fname\na.wav,dog,b.wav\n", "the column 'fname' is there twice"),
+        *((f"fname,{name}\na.wav,1\n", f"column {name!r} clashes with an out") for name in OURS),
     ],
 )
 def test_a_table_that_cannot_be_read_says_why_and_where(content, says, tmp_path):
     with pytest.raises(UserError) as error:
-        read(tmp_path, content)
+        read(tmp_path, content, keep_extra=True)
     assert says in str(error.value) and "clips.csv" in str(error.value)
 
 
@@ -193,31 +176,26 @@ def test_a_table_is_read_as_people_have_it(text, tmp_path):
     assert cells(read(tmp_path, text)[1]) == ROWS
 
 
-def test_unicode_numbers_quotes_and_long_cells_are_kept(tmp_path):
+def test_unicode_numbers_quotes_spaces_and_long_cells_are_kept(tmp_path):
     text = 'fname,labels,,embedding\n"приве́т 鳥.wav",NA,,' + "1 " * 80_000
-    columns, clips = read(tmp_path, text + '\n007,"a ""quoted"" label",,x\n', keep_extra=True)
-    assert cells(clips) == [("приве́т 鳥.wav", "NA"), ("007", 'a "quoted" label')]
-    assert columns == ("embedding",) and [len(clip.extra[0]) for clip in clips] == [159_999, 1]
+    text += '\n007,"a ""quoted"" label",,x\n a.wav, "Slam",,x\n'
+    columns, clips = read(tmp_path, text, keep_extra=True)
+    expected = [("приве́т 鳥.wav", "NA"), ("007", 'a "quoted" label'), (" a.wav", "Slam")]
+    assert cells(clips) == expected
+    assert columns == ("embedding",) and [len(clip.extra[0]) for clip in clips] == [159_999, 1, 1]
 
 
-# A quote behind a comma and a space, anywhere, takes the spaces from all names
-def test_a_space_before_a_name_is_kept(tmp_path):
-    _, clips = read(tmp_path, 'fname,labels\n a.wav,Bark\nb.wav, "Slam"\n')
-    assert cells(clips) == [(" a.wav", "Bark"), ("b.wav", "Slam")]
-
-
-def test_rows_of_several_lines_are_told(tmp_path, capsys):
-    """Two stray quotes swallow the rows between them."""
-    text = 'fname,label,text\na.wav,x,"open\nb.wav,y,fine\nc.wav,z,close"\n'
-    assert cells(read(tmp_path, text)[1]) == [("a.wav", "x")]
-    assert "has 1 row of several lines (the first: a.wav). If that" in capsys.readouterr().err
-
-
-def test_repeated_rows_are_used_once_and_told(tmp_path, capsys):
-    text = "fname,labels\na.wav,Bark\nb.wav,Slam\na.wav,Bark\na.wav,Meow\n"
-    _, clips = read(tmp_path, text)
-    assert cells(clips) == [("a.wav", "Bark"), ("b.wav", "Slam"), ("a.wav", "Meow")]
-    assert "repeats 1 row; duplicates are ignored" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "rows, expected, note",
+    [
+        # Two stray quotes swallow the rows between them.
+        ('a,"x\nb,y\nc,z"', [("a", "x\nb,y\nc,z")], "1 row of several lines (the first: a). If"),
+        ("a,x\nb,y\na,x\na,z", [("a", "x"), ("b", "y"), ("a", "z")], "repeats 1 row; duplicates"),
+    ],
+)
+def test_rows_that_look_wrong_are_told(rows, expected, note, tmp_path, capsys):
+    assert cells(read(tmp_path, f"fname,labels\n{rows}\n")[1]) == expected
+    assert note in capsys.readouterr().err
 
 
 def test_max_samples_takes_the_first_rows(tmp_path):
@@ -239,32 +217,32 @@ def test_any_csv_of_names_is_tokenized_and_keeps_its_columns(tmp_path, run):
     assert (tmp_path / "out" / "summary_mine.txt").exists()
 
 
-@pytest.mark.parametrize("name", ["num_chunks", "chunk", "start_sec", "token_7", "tokens"])
-def test_columns_that_the_output_has_itself_are_refused(name, tmp_path):
-    text = f"filename,category,{name}\na.wav,dog,1\n"
-    with pytest.raises(UserError, match=f"column '{name}' clashes with an output column; rename"):
-        read(tmp_path, text, keep_extra=True)
+NO_CLIPS = {  # flags -> what is said
+    "--input_dir nowhere": ["nowhere", "there is no train_curated.csv and no train_curated_post_"],
+    "--input_dir tables": ["https://zenodo.org/record/3612637", "--dataset sample"],
+    "--dataset sample": ["the sample comes with the repository"],
+    "--metadata none.csv --audio_dir audio": ["none.csv: No such file"],
+    "--audio_dir nowhere": ["there is no such folder"],
+    "--audio_dir audio/a.wav": ["there is no such folder"],
+    "--audio_dir tables": ["there are no sound files below it"],
+    "--metadata tables/a.csv --audio_dir audio/a.wav": ["no file of 1 clip is in audio/a.wav"],
+    "--metadata tables/b.csv --audio_dir audio": ["C:\\x\\b.wav: no such file"],
+    "--metadata tables/c.csv --audio_dir audio": ["no file of 1 clip is in audio: is the folder"],
+}
 
 
-@pytest.mark.parametrize(
-    "flags, says",
-    [
-        ("--metadata none.csv --audio_dir audio", "none.csv: No such file"),
-        ("--audio_dir nowhere", "nowhere is left out: No such file"),
-        ("--audio_dir audio/a.wav", "audio/a.wav is left out: Not a directory"),
-        ("--audio_dir tables", "there are no sound files below it"),
-        ("--metadata tables/a.csv --audio_dir audio/a.wav", "a.wav is left out: Not a directory"),
-        ("--metadata tables/b.csv --audio_dir audio", "C:\\x\\b.wav: no such file"),
-    ],
-)
-def test_a_command_that_finds_no_clip_says_why(flags, says, tmp_path, run, monkeypatch):
+@pytest.mark.parametrize("flags", NO_CLIPS)
+def test_a_command_that_finds_no_clip_says_why(flags, tmp_path, run, monkeypatch):
+    """Before any weights are looked for, or anything is written."""
     write_wav(tmp_path / "audio" / "a.wav")
     (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "a.csv").write_text("fname\na.wav\n")
-    (tmp_path / "tables" / "b.csv").write_text("fname\nC:\\x\\b.wav\n")
+    for name, fname in {"a": "a.wav", "b": "C:\\x\\b.wav", "c": "c.wav"}.items():
+        (tmp_path / "tables" / f"{name}.csv").write_text(f"fname\n{fname}\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("encodec_tokenizer.SAMPLE_DIR", tmp_path / "sample")
     status, _, err = run(*flags.split())
-    assert status == 2 and says in err
+    assert status == 2 and all(part in err for part in NO_CLIPS[flags])
+    assert "UNTRAINED" not in err and not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------- any folder

@@ -16,37 +16,34 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_examples_print_what_they_say(run, weights, tmp_path, monkeypatch):
-    """The pretrained weights cannot be downloaded everywhere: the stand-in's take their place."""
-    assert run("--dataset", "sample", "--output_dir", tmp_path / "work" / "tokenized")[0] == 0
-    whole = ("--output_dir", tmp_path / "work" / "whole", "--whole", "--parquet")
-    assert run("--dataset", "sample", *whole)[0] == 0
+    """The pretrained weights cannot be downloaded everywhere: the stand-in's take their place.
+
+    The row that README shows is that of the example, but for its tokens.
+    """
+    out, whole = (tmp_path / "work" / name for name in ("tokenized", "whole"))
+    assert run("--dataset", "sample", "--output_dir", out)[0] == 0
+    assert run("--dataset", "sample", "--output_dir", whole, "--whole", "--parquet")[0] == 0
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(encodec_tokenizer, "find_weights", lambda _: weights("encodec_24khz"))
     scope = {}
     assert len(EXAMPLES) == 4
     for example in EXAMPLES:
-        out = io.StringIO()
-        with redirect_stdout(out):
+        printed = io.StringIO()
+        with redirect_stdout(printed):
             exec(example, scope)
         said = re.search(r"^print.*  # (.*)$", example, re.MULTILINE)[1]
-        assert out.getvalue() == said + "\n"
+        assert printed.getvalue() == said + "\n"
+    header, *rows = (out / "tokenized_sample.csv").read_text().splitlines()
+    shown = re.search(r"^(fname,labels.*),\.\.\.\n(.*)$", README, re.MULTILINE)
+    facts = re.match(r'(.*"\(8, 150\)",\d+,[\d.]+),', shown[2])[1]
+    assert header.startswith(shown[1]) and any(row.startswith(facts + ",") for row in rows)
 
 
 def test_readme_has_at_most_180_lines_and_names_each_example():
     assert README.count("\n") <= 180
     for path in (ROOT / "tests" / "examples").glob("*.py"):
         assert f"`{path.name}`" in README
-
-
-def test_a_row_is_shown_as_it_is_made(run, tmp_path):
-    """But for its tokens, which need the pretrained weights."""
-    run("--dataset", "sample")
-    header, *rows = (tmp_path / "out" / "tokenized_sample.csv").read_text().splitlines()
-    shown = re.search(r"^(fname,labels.*),\.\.\.\n(.*)$", README, re.MULTILINE)
-    assert header.startswith(shown[1])
-    facts = re.match(r'(.*"\(8, 150\)",\d+,[\d.]+),', shown[2])[1]
-    assert any(row.startswith(facts + ",") for row in rows)
 
 
 def test_the_commands_parse():

@@ -7,15 +7,17 @@ import re
 import shutil
 import time
 from dataclasses import fields
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import soundfile
 
 import encodec_tokenizer
 from encodec_tokenizer import Kept, kept_path, read_kept, write_kept
 
+pytestmark = pytest.mark.usefixtures("ready_made_codes")
 CSV = "tokenized_train_curated.csv"
 
 
@@ -27,7 +29,7 @@ def root(make_dataset, sound):
 
 @pytest.fixture
 def again(run, tmp_path):
-    """again(*flags): runs, and returns how many clips it encoded; `refused` of a run that is."""
+    """again(*flags): runs, and returns how many clips it encoded."""
 
     def command(*flags, **options):
         status, out, err = run("--target_duration", "0.5", *flags, **options)
@@ -49,46 +51,39 @@ def copy_without_times(root):
     (root / "copy").rename(root / "train_curated")
 
 
+def move(root):
+    root.symlink_to(root.rename(root.with_name("moved")))
+
+
 def add_in_front(root):
     shutil.copy(root / "train_curated" / "0.wav", root / "train_curated" / "a.wav")
-    samples, rate = soundfile.read(root / "train_curated" / "a.wav")
-    soundfile.write(root / "train_curated" / "a.wav", samples[::-1], rate)
     edit(root, lambda rows: ["a.wav,x", *rows])
 
 
-CHANGES = {
-    "nothing": (lambda root: None, []),
-    "label corrected": (lambda root: edit(root, lambda rows: ["0.wav,Bark", *rows[1:]]), []),
-    "row dropped": (lambda root: edit(root, lambda rows: rows[:-1]), ["--overwrite"]),
-    "table sorted": (lambda root: edit(root, lambda rows: rows[::-1]), []),
-    "copied without times": (copy_without_times, []),
-    "audio deleted": (lambda root: shutil.rmtree(root / "train_curated"), []),
-    "another aggregation": (lambda root: None, ["--aggregate", "none", "--overwrite"]),
-    "another output": (lambda root: None, ["--parquet"]),
-    "higher --max_duration": (lambda root: None, ["--max_duration", "900"]),
-    "other batches": (lambda root: None, ["--batch_size", "3", "--workers", "1"]),
+CHANGES = {  # what is changed, by hand and by flags -> the number of clips that are encoded
+    "nothing": (lambda root: None, [], 0),
+    "clip added": (add_in_front, [], 1),
+    "label corrected": (lambda root: edit(root, lambda rows: ["0.wav,Bark", *rows[1:]]), [], 0),
+    "row dropped": (lambda root: edit(root, lambda rows: rows[:-1]), ["--overwrite"], 0),
+    "table sorted": (lambda root: edit(root, lambda rows: rows[::-1]), [], 0),
+    "copied without times": (copy_without_times, [], 0),
+    "moved": (move, [], 0),
+    "another aggregation": (lambda root: None, ["--aggregate", "none", "--overwrite"], 0),
+    "another output": (lambda root: None, ["--parquet"], 0),
+    "higher --max_duration": (lambda root: None, ["--max_duration", "900"], 0),
+    "other batches": (lambda root: None, ["--batch_size", "3", "--workers", "1"], 0),
 }
 
 
-@pytest.mark.parametrize("change, flags", CHANGES.values(), ids=CHANGES)
-def test_nothing_is_encoded_twice(change, flags, again, root, tmp_path):
+@pytest.mark.parametrize("change, flags, number", CHANGES.values(), ids=CHANGES)
+def test_nothing_is_encoded_twice(change, flags, number, again, root, tmp_path):
     """And the rows are those of a run that starts anew."""
     assert again("--input_dir", root) == 3
     change(root)
+    assert again("--input_dir", root, *flags) == number
     assert again("--input_dir", root, *flags) == 0
-    assert again("--input_dir", root, *flags) == 0
-    if (root / "train_curated").exists():
-        out = tmp_path / "fresh"
-        assert again("--input_dir", root, *flags, "--output_dir", out) > 0
-        assert (out / CSV).read_bytes() == (tmp_path / "out" / CSV).read_bytes()
-
-
-def test_only_a_new_clip_is_encoded(again, root, tmp_path):
-    assert again("--input_dir", root) == 3
-    add_in_front(root)
-    assert again("--input_dir", root) == 1
-    root.rename(tmp_path / "moved")
-    assert again("--input_dir", tmp_path / "moved") == 0
+    assert again("--input_dir", root, *flags, "--output_dir", tmp_path / "fresh") > 0
+    assert (tmp_path / "fresh" / CSV).read_bytes() == (tmp_path / "out" / CSV).read_bytes()
 
 
 def test_rows_of_one_file_are_encoded_once(again, root, tmp_path):
@@ -132,6 +127,7 @@ def test_a_name_that_cannot_be_kept_fails_alone(run, root, tmp_path):
     assert status == 0 and "2 clips tokenized (0 encoded now, 2 already there), 1 failed" in out
     failed = pd.read_csv(tmp_path / "out" / "failed_train_curated.csv")
     assert failed["fname"].tolist() == ["1.wav"] and "cannot be kept" in failed["error"][0]
+    assert not list(folder.glob("*.tmp"))
 
 
 def kept_folders(run, root, tmp_path):
@@ -155,19 +151,19 @@ def test_only_old_temporary_files_are_removed(run, root, tmp_path):
 
 
 @pytest.fixture
-def weighed(run, weights):
+def weighed(run, tmp_path, monkeypatch):
     """weighed(*flags): a run with trained weights, for rows that may not be replaced."""
-
-    def command(*flags):
-        return run(*flags, weights=weights("encodec_24khz"))
-
-    return command
+    monkeypatch.chdir(tmp_path)
+    for name in ("trained.th", "other.th"):
+        Path(name).touch()
+    return partial(run, weights="trained.th")
 
 
 REFUSALS = {
     "bandwidth": (["--bandwidth", "3"], "--bandwidth: 6.0 -> 3.0"),
     "aggregate": (["--aggregate", "none"], "--aggregate: mean -> none"),
     "whole": (["--whole"], "--whole: False -> True"),
+    "weights": (["--weights", "other.th"], "--weights: trained.th -> other.th"),
     "fewer": (["--max_samples", "2"], "3 clips -> 2 clips: rows would be lost"),
 }
 
@@ -175,13 +171,14 @@ REFUSALS = {
 @pytest.mark.parametrize("flags, says", REFUSALS.values(), ids=REFUSALS)
 def test_a_csv_of_other_settings_is_not_replaced(flags, says, weighed, root, tmp_path):
     assert weighed("--input_dir", root)[0] == 0
-    old = (tmp_path / "out" / CSV).read_bytes()
+    paths = [tmp_path / "out" / CSV, (tmp_path / "out" / CSV).with_suffix(".json")]
+    old = [path.read_bytes() for path in paths]
     status, _, err = weighed("--input_dir", root, *flags)
     assert status == 2 and says in err
     assert "Move the CSV elsewhere" in err and "--overwrite" in err
-    assert (tmp_path / "out" / CSV).read_bytes() == old
+    assert [path.read_bytes() for path in paths] == old
     assert weighed("--input_dir", root, *flags, "--overwrite")[0] == 0
-    assert (tmp_path / "out" / CSV).read_bytes() != old
+    assert paths[1].read_bytes() != old[1]
 
 
 def test_another_folder_of_the_same_name_is_not_replaced(weighed, root, tmp_path):
@@ -224,7 +221,11 @@ def test_both_is_refused_before_anything_is_encoded(weighed, make_dataset, sound
 
 # ----------------------------------------------------------------------------------------- damage
 
-FOLDER = "encodec_24khz_6kbps_2s-0123abcd"
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "encodec_24khz_6kbps_2s-0123abcd").mkdir()
+    return tmp_path / "encodec_24khz_6kbps_2s-0123abcd"
 
 
 @pytest.fixture
@@ -237,19 +238,15 @@ def values(kept):
     return [np.asarray(getattr(kept, field.name)).tolist() for field in fields(Kept)]
 
 
-def test_what_is_kept_comes_back(kept, tmp_path):
-    folder = tmp_path / FOLDER
-    folder.mkdir()
+def test_what_is_kept_comes_back(kept, folder):
     for name in ("a.wav", "b/c/d.wav", "n" * 250 + ".wav"):
         write_kept(folder, name, kept)
         assert values(read_kept(folder, name)) == values(kept)
     assert read_kept(folder, "gone.wav") is None and not list(folder.glob("*.tmp"))
 
 
-def test_damage_is_noticed_or_harmless(kept, tmp_path):
+def test_damage_is_noticed_or_harmless(kept, folder):
     """Truncations, and a sample of the single-bit flips."""
-    folder = tmp_path / FOLDER
-    folder.mkdir()
     write_kept(folder, "a.wav", kept)
     path, noticed = kept_path(folder, "a.wav"), 0
     data = path.read_bytes()
@@ -283,9 +280,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_a_readable_file_that_cannot_be_right_is_absent(wrong, kept, tmp_path):
-    folder = tmp_path / FOLDER
-    folder.mkdir()
+def test_a_readable_file_that_cannot_be_right_is_absent(wrong, kept, folder):
     for name, value in wrong.items():
         setattr(kept, name, value)
     write_kept(folder, "a.wav", kept)
