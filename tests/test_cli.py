@@ -15,16 +15,20 @@ import encodec_tokenizer
 from encodec_tokenizer import Settings, UserError, parse_settings, resolve_device
 
 SCRIPT = str(ROOT / "encodec_tokenizer.py")
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
-def script_beside(folder, *args, **environment) -> dict:
-    """What subprocess takes to start the script, with the modules of a folder before all others."""
+def start_beside(folder, *args, **environment) -> subprocess.Popen:
+    """Start the script with the modules of a folder before all others."""
     env = {"PYTHONPATH": str(folder), "PATH": os.environ["PATH"], **environment}
-    return {"args": [sys.executable, SCRIPT, *args], "env": env, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, SCRIPT, *args], env=env, text=True, **pipes)
 
 
-def run_beside(folder, *args, **environment):
-    return subprocess.run(**script_beside(folder, *args, **environment), capture_output=True)
+def run_beside(folder, *args, **environment) -> subprocess.CompletedProcess:
+    process = start_beside(folder, *args, **environment)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(args, process.returncode, out, err)
 
 
 def test_defaults_are_those_of_the_contract():
@@ -152,26 +156,18 @@ def test_help_and_mistakes_are_answered_before_torch_is_imported(args, tmp_path)
 
 def test_ctrl_c_while_python_imports_ends_without_a_traceback(tmp_path):
     (tmp_path / "torch.py").write_text("import time; print('here', flush=True); time.sleep(60)")
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(**script_beside(tmp_path, "--dataset", "sample"), **pipes)
-    try:
-        assert process.stdout.readline() == "here\n"
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
-    finally:
-        process.kill()
+    process = start_beside(tmp_path, "--dataset", "sample")
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT and err == ""
 
 
-NAME = "CUBLAS_WORKSPACE_CONFIG"
-
-
-@pytest.mark.parametrize("given, expected", [({}, ":16:8"), ({NAME: ":4096:8"}, ":4096:8")])
+@pytest.mark.parametrize("given, expected", [({}, ":16:8"), ({CUBLAS: ":4096:8"}, ":4096:8")])
 def test_cublas_is_deterministic_unless_the_user_has_a_say(given, expected, tmp_path):
     """PyTorch's page on torch.nn.LSTM asks for it. It has to be there before CUDA starts."""
-    (tmp_path / "torch.py").write_text(f"import os, sys; sys.exit(os.environ[{NAME!r}])")
-    done = run_beside(tmp_path, "--dataset", "sample", **given)
-    assert done.stderr == f"{expected}\n"
+    (tmp_path / "torch.py").write_text(f"import os, sys; sys.exit(os.environ[{CUBLAS!r}])")
+    assert run_beside(tmp_path, "--dataset", "sample", **given).stderr == f"{expected}\n"
 
 
 @pytest.mark.parametrize("rank, size", [("2", "2"), ("x", "2"), ("0", "zero"), ("-1", "2")])
