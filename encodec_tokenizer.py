@@ -49,7 +49,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
@@ -376,7 +376,7 @@ class Clip:
 
     fname: str
     labels: str = ""
-    extra: tuple[str, ...] = ()  # cells of --metadata's further columns
+    extra: dict[str, str] = field(default_factory=dict)  # cells of --metadata's further columns
     name: str = ""  # fname as a path below the audio folder; names the file that keeps its codes
     path: Path | None = None  # its file
     stamp: Stamp | None = None  # of its file; None if there is none
@@ -389,7 +389,6 @@ class Clip:
 class Dataset:
     stem: str  # the middle of the output files' names
     audio_dir: Path
-    columns: tuple[str, ...]  # names of the clips' extra cells
     clips: list[Clip]  # in the table's order
 
     @cached_property
@@ -411,14 +410,14 @@ class Dataset:
 def find_datasets(settings: Settings) -> list[Dataset]:
     """Find the datasets that the command names, and their clips' files. Raises UserError."""
     if settings.metadata:
-        table = read_clips(settings.metadata, settings)
-        datasets = [Dataset(settings.metadata.stem, settings.audio_dir, *table)]
+        clips = read_clips(settings.metadata, settings)
+        datasets = [Dataset(settings.metadata.stem, settings.audio_dir, clips)]
     elif settings.audio_dir:
         datasets = [list_folder(settings.audio_dir, settings.max_samples)]
     elif settings.dataset == "sample":
         if not SAMPLE_DIR.is_dir():
             raise UserError(f"the sample comes with the repository: there is no {SAMPLE_DIR}")
-        datasets = [Dataset("sample", SAMPLE_DIR, *read_clips(SAMPLE_DIR / "sample.csv", settings))]
+        datasets = [Dataset("sample", SAMPLE_DIR, read_clips(SAMPLE_DIR / "sample.csv", settings))]
     else:
         datasets = [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
     for dataset in datasets:
@@ -460,7 +459,7 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
             "--input_dir. To try the tool without it: --dataset sample"
         )
     _, table, folder = min(found)  # one with an audio folder, if there is one
-    return Dataset(stem, folder, *read_clips(table, settings))
+    return Dataset(stem, folder, read_clips(table, settings))
 
 
 def list_folder(folder: Path, max_samples: int | None) -> Dataset:
@@ -478,7 +477,7 @@ def list_folder(folder: Path, max_samples: int | None) -> Dataset:
         say(f"note: left out {counted(len(left_out), 'file')} not known as sound: {endings}")
     if not clips:
         raise UserError(f"--audio_dir {folder}: there are no sound files below it")
-    return Dataset(absolute.name, folder, (), clips[:max_samples])
+    return Dataset(absolute.name, folder, clips[:max_samples])
 
 
 def list_files(folder: Path) -> list[str]:
@@ -614,8 +613,8 @@ def read_table(csv_path: Path) -> tuple[list[str], list[dict[str, str]]]:
     return header, [dict(zip(header, cells)) for cells in rows[1:]]
 
 
-def read_clips(csv_path: Path, settings: Settings) -> tuple[tuple[str, ...], list[Clip]]:
-    """Read the names of --metadata's further columns, and the clips that a table lists.
+def read_clips(csv_path: Path, settings: Settings) -> list[Clip]:
+    """Read the clips that a table lists, with the further columns of --metadata.
 
     Columns without a name are passed over. Repeated rows count once. Raises UserError.
     """
@@ -637,9 +636,9 @@ def read_clips(csv_path: Path, settings: Settings) -> tuple[tuple[str, ...], lis
     clips, spanning = {}, []
     for row in rows:
         labels = row.get(label_column, "").strip()
-        further = tuple(row.get(name, "").strip() for name in extra)
+        further = {name: row.get(name, "").strip() for name in extra}
         clip = Clip(row.get(name_column, ""), labels, further)
-        clips.setdefault((clip.fname, labels, further), clip)
+        clips.setdefault((clip.fname, labels, *further.values()), clip)
         if any("\n" in cell for cell in row.values()):
             spanning.append(clip.fname)
     if spanning:
@@ -648,7 +647,7 @@ def read_clips(csv_path: Path, settings: Settings) -> tuple[tuple[str, ...], lis
     repeated = len(rows) - len(clips)
     if repeated:
         say(f"note: {csv_path} repeats {counted(repeated, 'row')}; duplicates are ignored")
-    return tuple(extra), list(clips.values())[: settings.max_samples]
+    return list(clips.values())[: settings.max_samples]
 
 
 # -------------------------------------------------------------------------------------------- clips
@@ -822,9 +821,7 @@ def make_resampler(rate: int, model_rate: int, device: str) -> torchaudio.transf
     ratio = Fraction(rate, model_rate)
     nearest = ratio.limit_denominator(max(1, int(math.sqrt(2**25 / ratio))))
     if nearest != ratio:
-        say(
-            f"note: the sample rate {rate} Hz is met to within 0.01 %; an exact filter is too large"
-        )
+        say(f"note: the sample rate {rate} Hz is met to within 0.01 %: an exact filter is too big")
     return torchaudio.transforms.Resample(nearest.numerator, nearest.denominator).to(device)
 
 
@@ -884,12 +881,11 @@ def find_weights(settings: Settings) -> Path | None:
         path /= "model.safetensors"
     if not path.is_file():
         raise UserError(f"--weights {path}: no such file (nor is it pretrained or untrained)")
-    checksum = path.stem[-8:]
-    metas = path.name in [spec.checkpoint for spec in MODELS.values()]
-    if metas and not (found := sha256_of(path)).startswith(checksum):
+    metas = [spec.checkpoint for spec in MODELS.values()]
+    if path.name in metas and not sha256_of(path).startswith(path.stem[-8:]):
         raise UserError(
-            f"{path} is damaged: its SHA-256 begins with {found[:8]}, not with the {checksum} of "
-            "its name. Delete it, and run again or download it elsewhere."
+            f"{path} is damaged: its SHA-256 does not begin with the 8 digits that end its name. "
+            "Delete it, and run again or download it elsewhere."
         )
     return path
 
@@ -1673,10 +1669,10 @@ def rows_of(job: Job) -> Iterator[tuple[Clip, Kept, list[tuple[dict[str, object]
                 "another run has replaced it, or this disk takes two names for one (Kick.wav, "
                 "kick.wav). The same command tries again."
             )
-        rows, further = [], dict(zip(job.dataset.columns, clip.extra))
+        rows = []
         for row, codes in enumerate(AGGREGATES[job.settings.aggregate](kept)):
             cells = {name: cell(clip, kept, row) for name, cell in columns.items()}
-            rows.append((cells | further, codes))
+            rows.append((cells | clip.extra, codes))
         yield clip, kept, rows
 
 
@@ -1716,7 +1712,8 @@ def write_parquet(job: Job, path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    kinds = {name: column_type(job.dataset, i) for i, name in enumerate(job.dataset.columns)}
+    clips = job.dataset.clips
+    kinds = {name: column_type([clip.extra[name] for clip in clips]) for name in clips[0].extra}
     types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
     writer, lines = None, []
     for _, _, rows in rows_of(job):
@@ -1735,9 +1732,9 @@ def write_parquet(job: Job, path: Path) -> None:
     writer.close()
 
 
-def column_type(dataset: Dataset, place: int) -> type:
+def column_type(cells: list[str]) -> type:
     """Return int or float if all cells of a further column are such numbers (007 is text)."""
-    cells = {clip.extra[place] for clip in dataset.clips} - {""}
+    cells = set(cells) - {""}
     decimal = r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][-+]?\d+)?"  # float64 has 15 digits
     for kind, pattern in {int: r"0|-?[1-9]\d{0,17}", float: decimal}.items():
         if cells and all(re.fullmatch(pattern, cell) for cell in cells):
@@ -1965,8 +1962,7 @@ def run(settings: Settings) -> int:
             encode_dataset(job.dataset, job.codes, encoder)
     except (Exception, Interrupted):
         done = sum(bool(clip.sha256) for clip in clips)
-        total = counted(len(clips), "clip")
-        say(f"{done:,} of {total} finished; the same command resumes there")
+        say(f"{done:,} of {counted(len(clips), 'clip')} finished; the same command resumes there")
         raise
     if RANK > 0:
         encoded = sum(clip.encoded_s > 0 for clip in clips)

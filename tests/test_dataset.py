@@ -57,12 +57,13 @@ def cells(clips):
 
 
 def read(tmp_path, content, max_samples=None, keep_extra=False):
-    """What read_clips makes of a CSV's content: the names of the further columns, and the clips."""
+    """The names of the further columns of a CSV with this content, and its clips."""
     path = tmp_path / "clips.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     metadata = path if keep_extra else None
     settings = Settings(metadata=metadata, audio_dir=tmp_path, max_samples=max_samples)
-    return read_clips(path, settings)
+    clips = read_clips(path, settings)
+    return tuple(clips[0].extra), clips
 
 
 # -------------------------------------------------------------------------------- FSDKaggle2019
@@ -76,7 +77,7 @@ def test_both_layouts_are_found(csv_name, folder_name, tmp_path):
     lay_out(tmp_path, csv_name, folder_name, text)
     stem = "test" if folder_name.endswith("test") else "train_curated"
     dataset = find_dataset(Settings(input_dir=tmp_path), stem)
-    assert (dataset.stem, dataset.columns) == (stem, ())
+    assert (dataset.stem, dataset.clips[0].extra) == (stem, {})
     find_file(dataset.clips[0], dataset)
     assert dataset.clips[0].path == tmp_path / folder_name / "a.wav"
     assert cells(dataset.clips) == [("a.wav", labels)]
@@ -182,7 +183,8 @@ def test_unicode_numbers_quotes_spaces_and_long_cells_are_kept(tmp_path):
     columns, clips = read(tmp_path, text, keep_extra=True)
     expected = [("приве́т 鳥.wav", "NA"), ("007", 'a "quoted" label'), (" a.wav", "Slam")]
     assert cells(clips) == expected
-    assert columns == ("embedding",) and [len(clip.extra[0]) for clip in clips] == [159_999, 1, 1]
+    assert columns == ("embedding",)
+    assert [len(clip.extra["embedding"]) for clip in clips] == [159_999, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +303,7 @@ def dataset(tmp_path_factory):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"12345")
     os.mkfifo(folder / "pipe.wav")
-    return Dataset("x", folder, (), [])
+    return Dataset("x", folder, [])
 
 
 FOUND = {
