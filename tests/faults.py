@@ -128,6 +128,18 @@ def kill_at_step(number: int) -> None:
     io.open = open_in_steps  # Path.open and its like
 
 
+def signal_at_rename(number: int) -> None:
+    """SIGTERM for this process before it renames the output of that number."""
+    replace, numbers = Path.replace, iter(range(1000))
+
+    def rename(path: Path, target: Path) -> Path:
+        if ".unfinished" in str(path) and next(numbers) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return replace(path, target)
+
+    Path.replace = rename
+
+
 def at_clip(name: str, what: Callable[..., None], *args: object) -> None:
     """Call `what` in the thread that has decided to load the clip of that name."""
     load_clip = script.load_clip

@@ -153,7 +153,7 @@ def test_overwrite_killed_at_any_step_keeps_old_or_new_rows(data):
         assert not data.encoded
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_random_kills_over_resumed_runs_change_nothing(kills, data, expected):
     moments, rounds, done = random.Random(4), 0, 0
     while done < kills:
@@ -181,6 +181,15 @@ def test_a_signal_ends_the_run_and_says_how_to_resume(number, status, data, expe
     assert re.search(r"\d of 10 clips finished; the same command resumes there", data.said)
     assert "interrupted" in data.said and "Traceback" not in data.said
     assert data.run() == 0 and data.rows() == expected
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_signal_between_the_renames_loses_no_csv(place, data, expected):
+    assert data.run("--max_samples", "4") == 0
+    old = data.csv().read_bytes()
+    assert data.run(before=[partial(faults.signal_at_rename, place)]) == 143
+    assert data.csv().read_bytes() == old
+    assert data.run() == 0 and data.rows() == expected and not data.encoded
 
 
 # ---------------------------------------------------------------------- what changes between runs
