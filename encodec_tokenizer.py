@@ -488,7 +488,7 @@ def list_files(folder: Path) -> list[str]:
     """
 
     def report(error: OSError) -> None:
-        if fault_of_file(error) != NO_FILE:
+        if fault_of_file(error, folder) != NO_FILE:
             say(f"note: the folder {error.filename} is left out: {error.strerror}")
 
     found, seen = [], set()
@@ -545,8 +545,9 @@ def name_below(folder: Path, fname: str) -> str:
     raise BadClip("the path is outside the audio folder (--audio_dir)")
 
 
-def fault_of_file(error: OSError) -> str:
+def fault_of_file(error: OSError, path: Path) -> str:
     """Say what is wrong with a file. Raises the error itself: the machine is at fault."""
+    error.filename = error.filename or str(path)  # an error of reading has none
     if error.errno not in CLIP_ERRNOS:
         raise error
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
@@ -559,7 +560,7 @@ def look_at(path: Path) -> Stamp:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise BadClip(fault_of_file(error)) from error
+        raise BadClip(fault_of_file(error, path)) from error
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise BadClip(f"{kind}, not a file")
@@ -1347,10 +1348,11 @@ def kept_path(folder: Path, name: str) -> Path:
 
 def read_kept(folder: Path, name: str) -> Kept | None:
     """Read what is kept of a clip. All that is not whole counts as absent."""
+    path = kept_path(folder, name)
     try:
-        data = kept_path(folder, name).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
-        fault_of_file(error)  # raises the machine's
+        fault_of_file(error, path)  # raises the machine's
         return None
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as members:
@@ -1467,8 +1469,9 @@ def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[
         if look_at(clip.path) != clip.stamp:
             raise BadClip("the file changed while it was read; the next run tries it again")
     except OSError as error:
-        error.filename = error.filename or str(clip.path)  # an error of reading has none
-        raise BadClip(fault_of_file(error)) from error
+        if error.filename not in (None, str(clip.path)):  # of the codes
+            raise
+        raise BadClip(fault_of_file(error, clip.path)) from error
     return kept, chunks
 
 

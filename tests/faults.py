@@ -7,6 +7,7 @@ Each process writes "encoded NAME" into its log for each clip that it encodes.
 As a program, `python faults.py FLAG...` is the script with such groups and codes, for torchrun.
 """
 
+import errno
 import io
 import multiprocessing
 import os
@@ -196,6 +197,18 @@ def fail_to_read(end: str, number: int) -> None:
         return bad
 
     io.open = open_bad
+
+
+def refuse_to_remove(end: str) -> None:
+    """Nothing whose name ends so can be removed, as in a read-only folder."""
+    unlink = os.unlink
+
+    def refuse(path, *args, **kwargs):
+        if str(path).endswith(end):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        unlink(path, *args, **kwargs)
+
+    os.unlink = refuse
 
 
 def no_memory(error: Exception) -> None:
