@@ -1,7 +1,7 @@
 """Measure the script on this machine, against the alternatives, in one run.
 
-    python tests/benchmark.py                 both models, some 20 minutes on 2 cores
-    python tests/benchmark.py --quick         some five minutes
+    python tests/benchmark.py                 both models; on 2 cores many minutes
+    python tests/benchmark.py --quick         fewer rounds and clips
     python tests/benchmark.py --device cuda
     python tests/benchmark.py --smoke         less than a minute, to see it run
 
