@@ -274,7 +274,7 @@ def test_an_unmounted_audio_folder_stops_the_run(when, data, expected):
     status = data.run(before=[move if when == "before" else partial(SEVENTH, move)], slow_s=0.05)
     assert status == (2 if when == "before" else 1), data.said
     assert "mounted" in data.said and not data.csv().exists() and not data.failed().exists()
-    data.audio.rmdir()
+    shutil.rmtree(data.audio, ignore_errors=True)
     away.rename(data.audio)
     assert data.run() == 0 and data.rows() == expected
 
