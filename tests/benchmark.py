@@ -3,7 +3,7 @@
     python tests/benchmark.py                 both models; on 2 cores many minutes
     python tests/benchmark.py --quick         fewer rounds and clips
     python tests/benchmark.py --device cuda
-    python tests/benchmark.py --smoke         less than a minute, to see it run
+    python tests/benchmark.py --smoke         about a minute, to see it run
 
 Machines change their speed from one minute to the next. So every path runs in every round, and the
 median of the rounds' ratios counts. transformers is measured where it is installed.
