@@ -250,10 +250,12 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         if getattr(Settings, name):
             text += f" (default: {getattr(Settings, name)})"
         parser.add_argument(f"--{name}", help=text, **options)
-    words = sys.argv[1:] if argv is None else argv
-    words = [
-        re.sub("^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), w) for w in words
-    ]
+    words = []
+    for word in sys.argv[1:] if argv is None else argv:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            word = "--" + flag[2:].replace("-", "_") + equals + value
+        words.append(word)
     given = parser.parse_args(words)
     if "dataset" in given and "audio_dir" in given:
         parser.error("--dataset and --audio_dir each name a set of clips: give one of them")
@@ -436,8 +438,10 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
     """
 
     def search(name: str) -> list[Path]:
-        depths = ("", "*/", "*/*/")
-        return [path for depth in depths for path in sorted(settings.input_dir.glob(depth + name))]
+        paths = []
+        for depth in ("", "*/", "*/*/"):
+            paths += sorted(settings.input_dir.glob(depth + name))
+        return paths
 
     kaggle_table = "sample_submission.csv" if stem == "test" else f"{stem}.csv"
     layouts = {  # a table -> the names that its audio folder may have
@@ -447,9 +451,8 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
     found = []
     for table_name, folder_names in layouts.items():
         folders = [path for name in folder_names for path in search(name) if path.is_dir()]
-        folders.append(settings.input_dir / folder_names[0])  # it may be gone
         for table in search(table_name)[:1]:
-            found.append((not folders[0].is_dir(), table, folders[0]))
+            found.append((not folders, table, folders or [settings.input_dir / folder_names[0]]))
     if not found:
         raise UserError(
             f"the dataset {stem} is not in {settings.input_dir.resolve()} or up to two folders "
@@ -458,8 +461,14 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
             "competition freesound-audio-tagging-2019,\nand name the folder that holds it with "
             "--input_dir. To try the tool without it: --dataset sample"
         )
-    _, table, folder = min(found)  # one with an audio folder, if there is one
-    return Dataset(stem, folder, read_clips(table, settings))
+    _, table, folders = min(found)  # one with an audio folder, if there is one
+    clips = read_clips(table, settings)
+
+    def num_clips_in(folder: Path) -> int:
+        return sum(os.path.exists(folder / clip.fname) for clip in clips[:100])
+
+    # Some copies nest a folder in one of the same name: take the one with the clips.
+    return Dataset(stem, max(folders, key=num_clips_in), clips)
 
 
 def list_folder(folder: Path, max_samples: int | None) -> Dataset:
@@ -785,6 +794,12 @@ def read_otherwise(
     has_controls = re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]", head)
     if is_utf_16 or (len(set(head)) > 1 and not has_controls):
         raise BadClip("not audio: the file holds text") from failure
+    if re.match(rb"ID3|APETAGEX|TAG", head):  # FFmpeg would play what is left of it
+        raise BadClip("no audio behind the file's tag could be decoded") from failure
+    if failure.code == 24:  # "SF_INFO struct incomplete"
+        raise BadClip(
+            "its header is damaged: a sample rate or a number of channels of 0"
+        ) from failure
     if failure.code not in (1, 4, 7):  # the format or the encoding; 7: it is named MP3, and is none
         raise BadClip(f"damaged, or not a sound file (libsndfile: {words})") from failure
     try:
@@ -1543,7 +1558,7 @@ def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
     groups = [files[i : i + size] for i in range(0, len(files), size)]
     # Its own share comes first. Then it helps the others, beginning with the end of the share
     # before its own, so that it meets that owner late.
-    first, end = (len(groups) * rank // WORLD_SIZE for rank in (RANK, RANK + 1))
+    first, end = len(groups) * RANK // WORLD_SIZE, len(groups) * (RANK + 1) // WORLD_SIZE
     groups = groups[first:end] + groups[:first][::-1] + groups[end:][::-1]
     bar = show_progress(None, dataset.stem, total=len(clips))
     pool = ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -1637,18 +1652,20 @@ def refuse_to_lose_rows(job: Job, num_clips: int) -> None:
     if job.settings.overwrite or not job.csv.exists():
         return
     record, differences = job.read_record(), []
-    settings, num_before = record.get("settings"), record.get("total_samples_processed", 0)
-    if not isinstance(settings, dict) or job.csv.stat().st_size not in record.get("csv_bytes", []):
-        name = job.output("tokenized", "json").name
-        differences.append(f"{name} does not describe it: it was edited, or another tool made it")
-    elif settings.get("weights") == UNTRAINED:
-        return
-    else:
+    try:
+        settings, num_before = record["settings"], int(record["total_samples_processed"])
+        if job.csv.stat().st_size not in record["csv_bytes"]:
+            raise ValueError
+        if settings["weights"] == UNTRAINED:
+            return
         for name, value in job.made_with.items():
             if settings.get(name) != value:
                 differences.append(f"--{name}: {settings.get(name)} -> {value}")
         if num_before > num_clips:
             differences.append(f"{num_before} clips -> {num_clips} clips: rows would be lost")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        name = job.output("tokenized", "json").name
+        differences = [f"{name} does not describe it: it was edited, or another tool made it"]
     if differences:
         raise UserError(
             "\n  ".join([f"{job.csv} is there, and this run would change it:", *differences])
@@ -1716,7 +1733,9 @@ def write_parquet(job: Job, path: Path) -> None:
     from pyarrow import parquet
 
     clips = job.dataset.clips
-    kinds = {name: column_type([clip.extra[name] for clip in clips]) for name in clips[0].extra}
+    kinds = {}
+    for name in clips[0].extra:
+        kinds[name] = column_type([clip.extra[name] for clip in clips])
     types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
     writer, lines = None, []
     for _, _, rows in rows_of(job):
@@ -1752,9 +1771,13 @@ def summarize(job: Job, totals: Totals) -> dict[str, object]:
     logs = np.log(np.where(shares > 0, shares, 1))
     lengths = sorted(math.prod(shape) for shape in totals.shapes.elements())
     seconds = np.array([one.duration_sec for one in kept])
-    padding = np.maximum(0, 0 if settings.whole else settings.target_duration - seconds)
+    padding = np.maximum(0, settings.target_duration - seconds)
+    if settings.whole:
+        padding *= 0
     on_cpu = settings.device == "cpu"
     cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    versions = {"script": __version__, "libsndfile": sf.__libsndfile_version__}
+    versions |= {name: version(name) for name in PACKAGES if find_spec(name)}
     return {
         "dataset": job.dataset.stem,
         "total_samples_processed": len(kept),
@@ -1777,8 +1800,7 @@ def summarize(job: Job, totals: Totals) -> dict[str, object]:
         "weights_file": job.weights_file,
         "device": settings.device,
         "machine": cpu if on_cpu else torch.cuda.get_device_name(settings.device),
-        "versions": {"script": __version__, "libsndfile": sf.__libsndfile_version__}
-        | {name: version(name) for name in PACKAGES if find_spec(name)},
+        "versions": versions,
     }
 
 
@@ -1990,6 +2012,8 @@ def prepare(job: Job) -> None:
     refuse_to_lose_rows(job, sum(not clip.error for clip in clips))
     try:
         job.codes.mkdir(parents=True, exist_ok=True)
+        if not os.access(output_dir, os.W_OK):
+            raise PermissionError(errno.EACCES, "it is read-only", str(output_dir))
     except OSError as error:
         raise UserError(f"--output_dir {output_dir} cannot be used: {error}") from error
     remove_old(job.codes, "*.tmp")

@@ -90,10 +90,11 @@ def test_silence_and_full_scale_give_the_codes_of_encodec(name, encoder, plain):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_stand_in_tokens_spread_over_many_values(name, encoder):
+def test_stand_in_tokens_spread_over_hundreds_of_values(name, encoder):
     """Without that, equal tokens would show little."""
-    codes = codes_of(encoder(name), chunks_of(name, 2.0, 8))
-    assert min(len(np.unique(book)) for book in codes.swapaxes(0, 1)) >= 120
+    codes = codes_of(encoder(name), chunks_of(name, 2.0, 24))
+    for book in codes.swapaxes(0, 1):
+        assert len(np.unique(book)) >= 200
 
 
 @pytest.mark.parametrize("avx512, onednn", [(False, True), (True, True), (False, False)])

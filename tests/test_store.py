@@ -196,7 +196,9 @@ def test_a_csv_that_is_not_ours_is_not_replaced(weighed, root, tmp_path):
     assert weighed("--input_dir", root)[0] == 0
     record = (out / CSV).with_suffix(".json")
     content = record.read_text()
-    for text in ("", "{", "7", "[]", "null", json.dumps({**json.loads(content), "settings": 3})):
+    wrong = [{"settings": 3}, {"total_samples_processed": None}, {"csv_bytes": 7}]
+    edited = [json.dumps(json.loads(content) | one) for one in wrong]
+    for text in ("", "{", "7", "[]", "null", *edited):
         record.write_text(text)
         status, _, err = weighed("--input_dir", root)
         assert status == 2 and f"{record.name} does not describe it" in err

@@ -105,10 +105,11 @@ def test_untrained_weights_warn_wherever_they_are_used(given, tmp_path, no_serve
         encodec_tokenizer.load_encoder(Settings(dataset="sample", weights=given, device="cpu"))
 
 
-def test_untrained_weights_are_the_same_each_time():
+@pytest.mark.parametrize("name", MODELS)
+def test_untrained_weights_are_the_same_each_time(name):
     """And they leave the seed of other code alone."""
     before = torch.random.get_rng_state()
-    first, second = (untrained_model("encodec_24khz").state_dict() for _ in range(2))
+    first, second = (untrained_model(name).state_dict() for _ in range(2))
     assert all(first[key].equal(second[key]) for key in first)
     assert torch.random.get_rng_state().equal(before)
     assert first["quantizer.vq.layers.0._codebook.embed"].std() > 0
