@@ -110,6 +110,13 @@ def test_names_that_differ_in_case_are_two_clips(again, root):
     assert again("--input_dir", root) == 2
 
 
+def test_a_read_only_output_folder_is_refused_at_once(run, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "out")
+    status, _, err = run("--input_dir", root)
+    assert status == 2 and f"it is read-only: '{tmp_path / 'out'}'" in err
+    assert not list((tmp_path / "out").rglob("*.npz"))
+
+
 def test_names_that_share_a_file_of_codes_stop_the_run(run, root, tmp_path, monkeypatch):
     """As Kick.wav and kick.wav on some disks: no clip gets the codes of the other."""
     monkeypatch.setattr(encodec_tokenizer, "kept_path", lambda folder, name: folder / "same.npz")
