@@ -78,7 +78,8 @@ def test_both_layouts_are_found(csv_name, folder_name, tmp_path):
     stem = "test" if folder_name.endswith("test") else "train_curated"
     dataset = find_dataset(Settings(input_dir=tmp_path), stem)
     assert (dataset.stem, dataset.clips[0].extra) == (stem, {})
-    assert dataset.audio_dir == tmp_path / folder_name
+    find_file(dataset.clips[0], dataset)
+    assert dataset.clips[0].path == tmp_path / folder_name / "a.wav"
     assert cells(dataset.clips) == [("a.wav", labels)]
 
 
