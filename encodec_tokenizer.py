@@ -44,7 +44,7 @@ import unicodedata
 import uuid
 import warnings
 import zipfile
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -331,10 +331,10 @@ def resolve_device(settings: Settings) -> Settings:
                 raise UserError(f"--device {settings.device} cannot be used: {reason}") from error
             say(f"note: this PyTorch cannot use the GPU, so the CPU does the work: {reason}")
             device = "cpu"
-    # Batches are counted in seconds of audio, so that long chunks take no more memory. On a CPU see
-    # CpuEncoder; a GPU takes all that a group holds. Whole clips: the 48 kHz model cuts them into
-    # segments of 1 s, and at 24 kHz only clips of one length share a batch, which is rare.
-    batch_s, workers = (8, 2) if device == "cpu" else (GROUP_SECONDS, 8)
+    # Batches are counted in seconds of audio, so that long chunks take no more memory; on a CPU see
+    # CpuEncoder. Whole clips: the 48 kHz model cuts them into segments of 1 s, and at 24 kHz only
+    # clips of one length share a batch, which is rare.
+    batch_s, workers = (8, 2) if device == "cpu" else (64, 8)
     batch_size = max(1, round(batch_s / settings.target_duration))
     if settings.whole and settings.model == "encodec_24khz":
         batch_size = 1 if device == "cpu" else GROUP_CLIPS
@@ -1045,8 +1045,8 @@ class Encoder:
 
         Segments are sorted by length, the longest first. Each is convolved on a core of its own,
         and batches of one length go through the LSTM and the codebooks. The pool is first in, first
-        out, and a batch stands behind the convolutions of the next one, so that none waits long for
-        its own, and the LSTM, which reads memory, runs beside convolutions, which compute.
+        out, and a batch stands behind the convolutions of the next four segments, so that it does
+        not wait for its own, and the LSTM, which reads memory, runs beside those, which compute.
         """
         segments = [(number, part) for number, c in enumerate(chunks) for part in self.segments(c)]
         segments.sort(key=lambda segment: -segment[1].shape[1])  # those of a chunk stay in order
@@ -1054,14 +1054,14 @@ class Encoder:
         for _, same in groupby(segments, key=lambda segment: segment[1].shape[1]):
             same = list(same)
             batches += [same[first : first + size] for first in range(0, len(same), size)]
-        results, previous, numbers = [[] for _ in chunks], [], []
-        for batch in [*batches, []]:
-            convolved = [pool.submit(self.convolve, samples) for _, samples in batch]
-            if previous:
-                future = pool.submit(self.quantize_batch, previous)
-                for place, number in enumerate(numbers):
+        results, waiting, ahead = [[] for _ in chunks], deque(), max(1, 4 // size)
+        for batch in [*batches, *([] for _ in range(ahead))]:
+            waiting.append((batch, [pool.submit(self.convolve, samples) for _, samples in batch]))
+            if len(waiting) > ahead:
+                batch, convolved = waiting.popleft()
+                future = pool.submit(self.quantize_batch, convolved)
+                for place, (number, _) in enumerate(batch):
                     results[number].append((future, place))
-            previous, numbers = convolved, [number for number, _ in batch]
         for parts in results:
             done = [(*future.result(), place) for future, place in parts]
             codes = np.concatenate([codes[place] for codes, _, place in done], axis=1)
@@ -1299,7 +1299,7 @@ def load_sound(sound: object, rate: int | None, settings: Settings) -> torch.Ten
 # -------------------------------------------------------------------------------------------- store
 
 GROUP_CLIPS = 16  # clips that are loaded and encoded together
-GROUP_SECONDS = 60  # of audio that a group holds at a time, but at least one clip
+GROUP_SECONDS = 120  # of audio that a group holds at a time, but at least one clip
 
 
 @dataclass(eq=False, slots=True)
@@ -1389,9 +1389,13 @@ def find_kept(dataset: Dataset, folder: Path, max_duration_s: float) -> int:
     for clip in show_progress(dataset.clips, f"{dataset.stem}: looking for codes", delay=2):
         kept = read_kept(folder, clip.name)
         is_gone = clip.error.startswith(NO_FILE)
-        if kept and kept.duration_sec <= max_duration_s and (is_gone or clip.stamp == kept.stamp):
-            clip.sha256, clip.error = kept.sha256, ""
+        if kept and (is_gone or clip.stamp == kept.stamp):
             num_gone += is_gone
+            try:
+                check_duration(kept.duration_sec, max_duration_s)
+                clip.sha256, clip.error = kept.sha256, ""
+            except BadClip as reason:
+                clip.error = str(reason)
     return num_gone
 
 

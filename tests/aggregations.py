@@ -1,20 +1,16 @@
 """Which aggregation keeps most of what tells labels apart? Measured on real, labelled clips.
 
-    python tests/aggregations.py --weights untrained         Debian's Freesound clips, 10 labels
-    python tests/aggregations.py --dataset curated --input_dir input    FSDKaggle2019
-    python tests/aggregations.py --metadata esc50.csv --audio_dir audio any CSV of clips
-    python tests/aggregations.py --smoke                     the bundled clips, to see it run
+    python tests/aggregations.py                                    FSDKaggle2019's curated clips
+    python tests/aggregations.py --metadata esc50.csv --audio_dir ESC-50/audio
+    python tests/aggregations.py --smoke                            the bundled clips
 
 Tokenizes the clips once, writes a CSV with each --aggregate from the same codes, and predicts all
 labels of a clip by logistic regression, cross-validated, from two sets of features: the token
 columns as numbers, and the bag of codes (how often each code of each codebook occurs). The score is
 lwlrap, the metric of FSDKaggle2019. Chance is the score of the labels' frequencies. All other flags
-go to encodec_tokenizer.py. Without a dataset, the clips are those of the Debian package
-sonic-pi-samples (CC0, from Freesound), fetched with apt-get, labelled by their names' first word.
+go to encodec_tokenizer.py.
 """
 
-import csv
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -34,19 +30,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "examples")]
 import tagging  # noqa: E402
 
 import encodec_tokenizer as script  # noqa: E402
-
-
-def fetch_clips(folder: Path) -> list[str]:
-    """Debian's sonic-pi-samples, as flags: "loop_amen.flac" is labelled "loop"."""
-    get = ["apt-get", "download", "-qq", "sonic-pi-samples"]
-    subprocess.run(get, cwd=folder, check=True, stderr=subprocess.DEVNULL)
-    (package,) = folder.glob("*.deb")
-    subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
-    paths = sorted(folder.rglob("*.flac"))
-    with (folder / "sonic_pi.csv").open("w", newline="") as file:
-        rows = [(path.name, path.name.partition("_")[0]) for path in paths]
-        csv.writer(file).writerows([("fname", "labels"), *rows])
-    return ["--metadata", str(folder / "sonic_pi.csv"), "--audio_dir", str(paths[0].parent)]
 
 
 def compressed(x: np.ndarray) -> np.ndarray:
@@ -95,8 +78,6 @@ def main() -> None:
         flags, fewest = ["--dataset", "sample", "--weights", "untrained"], 2
     lines = ["| aggregation | token columns | bag of codes |", "|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
-        if not {"--dataset", "--metadata"} & {flag.partition("=")[0] for flag in flags}:
-            flags += fetch_clips(Path(folder))
         out = Path(folder) / "out"
         for how in tqdm(script.AGGREGATES, desc="aggregations"):
             more = ["--aggregate", how, "--output_dir", str(out), "--overwrite"]

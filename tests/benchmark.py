@@ -26,6 +26,9 @@ from tqdm import tqdm
 
 TESTS = Path(__file__).resolve().parent
 CODEBOOKS = {"encodec_24khz": 8, "encodec_48khz": 4}  # at 6 kbps
+HEAD = """\
+| model, clips | this script | plain loop | ratio | of CPU | peak memory | plain | tokens differ |
+|---|---|---|---|---|---|---|---|"""
 MEASURE = """
 import resource, subprocess, sys, time
 started = time.perf_counter()
@@ -59,7 +62,7 @@ def curated_lengths(count: int) -> list[float]:
 def measure(program: Path, *args: object) -> list[float]:
     """Run a program. Returns its wall time and CPU time in seconds, and its peak memory in GB.
 
-    A small process starts it, for a process counts the memory of the one that started it as its own.
+    A small process starts it, for a program inherits the peak memory of the process that starts it.
     """
     command = [sys.executable, "-c", MEASURE, sys.executable, program, *args]
     done = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True)
@@ -73,7 +76,9 @@ def read_tokens(path: Path, first: int) -> np.ndarray:
     return np.array([token for row in rows for token in row if token.isdecimal()], dtype=int)
 
 
-def compare(name: str, weights: Path, device: str, lengths_s: list, flags: list, rounds: int) -> str:
+def compare(
+    name: str, weights: Path, device: str, lengths_s: list, flags: list, rounds: int
+) -> str:
     """Run the script and the plain loop in turn; returns their line of the table."""
     ours, plain = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +108,11 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one round with the fewest clips")
     parser.add_argument("--device", default="cpu", help="the script's; the loop is on the CPU")
     args = parser.parse_args()
-    rounds, many, long_s = (1, 2, 12) if args.smoke else (2, 24, 120) if args.quick else (5, 64, 300)
+    rounds, many, long_s = 5, 64, 300  # the last: seconds of one whole clip
+    if args.quick:
+        rounds, many, long_s = 2, 24, 120
+    if args.smoke:
+        rounds, many, long_s = 1, 2, 12
     names = ["encodec_24khz"] if args.smoke else list(CODEBOOKS)
     cases = []
     for name in names:
@@ -112,8 +121,7 @@ def main() -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"{args.device}; {platform.machine()}, {capability}; torch {torch.__version__}")
     print(f"medians of {rounds} interleaved rounds of whole processes, imports included\n")
-    print("| model, clips | this script | plain loop | ratio | ratio, CPU | peak | plain | differ |")
-    print("|" + "---|" * 8, flush=True)
+    print(HEAD, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         weights = {name: Path(folder) / f"{name}.th" for name in names}
         for name, path in weights.items():

@@ -98,16 +98,10 @@ def test_rows_of_one_file_are_encoded_once(again, root, tmp_path):
 def test_a_lowered_max_duration_fails_a_clip_whose_codes_are_kept(again, run, root, tmp_path):
     assert again("--input_dir", root) == 3
     flags = ("--input_dir", root, "--target_duration", "0.5", "--max_duration", "0.2")
-    status, _, err = run(*flags, "--overwrite")
-    assert status == 1 and "too long: 0.3 s (limit 0.2 s" in err and "stays as it is" in err
-
-
-def test_names_that_differ_in_case_are_two_clips(again, root):
-    """On a disk that tells them apart."""
-    shutil.copy(root / "train_curated" / "1.wav", root / "train_curated" / "KICK.wav")
-    shutil.copy(root / "train_curated" / "2.wav", root / "train_curated" / "kick.wav")
-    edit(root, lambda rows: ["KICK.wav,x", "kick.wav,y"])
-    assert again("--input_dir", root) == 2
+    for _ in range(2):  # also where the file is gone
+        status, _, err = run(*flags, "--overwrite")
+        assert status == 1 and "too long: 0.3 s (limit 0.2 s" in err and "stays as it is" in err
+        shutil.rmtree(root / "train_curated", ignore_errors=True)
 
 
 def test_a_read_only_output_folder_is_refused_at_once(run, root, tmp_path, monkeypatch):
@@ -133,7 +127,7 @@ def test_a_name_that_cannot_be_kept_fails_alone(run, root, tmp_path):
     status, out, _ = run("--input_dir", root, "--target_duration", "0.5", "--overwrite")
     assert status == 0 and "2 clips tokenized (0 encoded now, 2 already there), 1 failed" in out
     failed = pd.read_csv(tmp_path / "out" / "failed_train_curated.csv")
-    assert failed["fname"].tolist() == ["1.wav"] and "cannot be kept" in failed["error"][0]
+    assert failed["fname"].tolist() == ["1.wav"] and "file of codes" in failed["error"][0]
     assert not list(folder.glob("*.tmp"))
 
 
