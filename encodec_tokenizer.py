@@ -35,6 +35,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import stat
 import sys
 import threading
@@ -438,41 +439,47 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
             paths += sorted(settings.input_dir.glob(depth + name))
         return paths
 
-    kaggle = "sample_submission.csv" if stem == "test" else f"{stem}.csv"
-    zenodo = f"{stem}_post_competition.csv"
-    layouts = [(kaggle, stem), (kaggle, stem.replace("train_", "trn_"))]
-    layouts.append((zenodo, f"FSDKaggle2019.audio_{stem}"))
+    kaggle_table = "sample_submission.csv" if stem == "test" else f"{stem}.csv"
+    layouts = {  # a table -> the names that its audio folder may have
+        kaggle_table: [stem, stem.replace("train_", "trn_")],
+        f"{stem}_post_competition.csv": [f"FSDKaggle2019.audio_{stem}"],  # Zenodo, record 3612637
+    }
     found = []
-    for table_name, folder_name in layouts:
-        folders = [path for path in search(folder_name) if path.is_dir()]
+    for table_name, folder_names in layouts.items():
+        folders = [path for name in folder_names for path in search(name) if path.is_dir()]
         for table in search(table_name)[:1]:
-            found.append((table, folders[0] if folders else settings.input_dir / folder_name))
+            found.append((not folders, table, folders or [settings.input_dir / folder_names[0]]))
     if not found:
         raise UserError(
             f"the dataset {stem} is not in {settings.input_dir.resolve()} or up to two folders "
-            f"below it: there is no {kaggle} and no {zenodo}.\n"
+            f"below it: there is no {' and no '.join(layouts)}.\n"
             "Get FSDKaggle2019 from https://zenodo.org/record/3612637 or from the Kaggle "
             "competition freesound-audio-tagging-2019,\nand name the folder that holds it with "
             "--input_dir. To try the tool without it: --dataset sample"
         )
-    table, folder = next((pair for pair in found if pair[1].is_dir()), found[0])
-    return Dataset(stem, folder, read_clips(table, settings))
+    _, table, folders = min(found)  # one with an audio folder, if there is one
+    clips = read_clips(table, settings)
+
+    def num_clips_in(folder: Path) -> int:
+        return sum(os.path.exists(folder / clip.fname) for clip in clips[:100])
+
+    # Some copies nest a folder in one of the same name: take the one with the clips.
+    return Dataset(stem, max(folders, key=num_clips_in), clips)
 
 
 def list_folder(folder: Path, max_samples: int | None) -> Dataset:
     """Take every sound file below a folder, sorted by path, labelled by the folder it lies in."""
     if not folder.is_dir():
         raise UserError(f"--audio_dir {folder}: there is no such folder")
-    clips, others, absolute = [], Counter(), folder.resolve()
+    clips, left_out, absolute = [], [], folder.resolve()
     for name in list_files(folder):
-        ending = os.path.splitext(name)[1]
-        if ending.lower() in ENDINGS:
+        if os.path.splitext(name)[1].lower() in ENDINGS:
             clips.append(Clip(name, labels=(absolute / name).parent.name))
         else:
-            others[ending or "no ending"] += 1
-    if others:
-        what = counted(others.total(), "file")
-        say(f"note: left out {what} not known as sound: {', '.join(sorted(others)[:20])}")
+            left_out.append(os.path.splitext(name)[1] or "no ending")
+    if left_out:
+        endings = ", ".join(sorted(set(left_out))[:20])
+        say(f"note: left out {counted(len(left_out), 'file')} not known as sound: {endings}")
     if not clips:
         raise UserError(f"--audio_dir {folder}: there are no sound files below it")
     return Dataset(absolute.name, folder, clips[:max_samples])
@@ -486,7 +493,8 @@ def list_files(folder: Path) -> list[str]:
     """
 
     def report(error: OSError) -> None:
-        say(f"note: {error.filename} is left out: {fault_of_file(error, folder)}")
+        if fault_of_file(error, folder) != NO_FILE:
+            say(f"note: the folder {error.filename} is left out: {error.strerror}")
 
     found, seen = [], set()
     for where, folders, names in os.walk(folder, followlinks=True, onerror=report):
@@ -650,7 +658,7 @@ def read_clips(csv_path: Path, settings: Settings) -> list[Clip]:
 
 # -------------------------------------------------------------------------------------------- clips
 
-EXACT_FORMATS = ("WAV", "WAVEX", "FLAC", "AIFF", "AU")  # these give all that they promise
+EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "AIFF", "AU")  # these give all that they promise
 UNKNOWN_LENGTH = 2**40  # samples; a FLAC stream may say 2^48, an MP3 stream 2^63
 PIPED = 2**31 - 2**24  # bytes; programs that write to a pipe give sizes from here on
 LOUDEST = 100.0  # of samples that may be audio between -1 and 1
@@ -669,15 +677,19 @@ def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.
     if path.suffix.lower() == ".raw":
         raise BadClip("raw audio without a header has no sample rate: convert it to WAV")
     try:
-        with sf.SoundFile(os.fsencode(path)) as audio:
+        with sf.SoundFile(str(path)) as audio:
+            if audio.format == "RAW":  # by its ending alone, libsndfile takes any bytes for samples
+                raise BadClip("no header that says how to read the file: it may hold text")
             check_header(audio, max_duration_s)
             digest = sha256_of(path)  # before decoding: it raises the disk's I/O errors
-            samples, rate = decode(audio, channels, max_duration_s), audio.samplerate
+            return decode(audio, channels, max_duration_s), audio.samplerate, digest
+    except UnicodeEncodeError as error:
+        raise BadClip("the name is not UTF-8: rename the file") from error
     except sf.LibsndfileError as error:
         digest = sha256_of(path)
         samples, rate = read_otherwise(path, error, head)
-    check_duration(samples.shape[1] / rate, max_duration_s)
-    return mix_channels(check_samples(samples), channels), rate, digest
+        check_duration(samples.shape[1] / rate, max_duration_s)
+        return mix_channels(check_samples(samples), channels), rate, digest
 
 
 def check_duration(duration_s: float, limit_s: float) -> None:
@@ -687,15 +699,17 @@ def check_duration(duration_s: float, limit_s: float) -> None:
 
 def check_header(audio: sf.SoundFile, max_duration_s: float) -> None:
     """Raise BadClip if an open file's header cannot be right, or promises more than there is."""
-    if audio.format == "RAW":  # by its ending alone, libsndfile takes any bytes for samples
-        raise BadClip("no header that says how to read the file: it may hold text")
     if not 1_000 <= audio.samplerate <= 1_000_000:
         raise BadClip(f"its header is damaged: a sample rate of {audio.samplerate} Hz")
     if audio.frames < UNKNOWN_LENGTH:
         check_duration(audio.frames / audio.samplerate, max_duration_s)
     # libsndfile reduces the size of WAV (data), AIFF (SSND) and AU to what is there, and says so in
-    # its log alone.
+    # its log alone. Of RF64 it logs the numbers of samples.
     sizes = r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)"
+    samples = r"frame count (\d+) does not match value from 'ds64' chunk of (\d+)"
+    for there, promised in re.findall(samples, audio.extra_info):
+        if int(there) < int(promised):
+            raise BadClip(f"truncated: {int(there):,} of {int(promised):,} samples are there")
     for promised, there in re.findall(sizes, audio.extra_info, re.MULTILINE):
         if int(there) < int(promised) < PIPED:
             raise BadClip(
@@ -705,24 +719,32 @@ def check_header(audio: sf.SoundFile, max_duration_s: float) -> None:
 
 
 def decode(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.Tensor:
-    """Read the samples that an open file promises, [channels, T].
+    """Read the promised samples of an open file, and none behind them: [channels, T].
 
     It reads in pieces, so that no wrong header reserves memory.
     """
-    if audio.format == "FLAC" and audio.frames >= UNKNOWN_LENGTH:
-        audio.seekable = lambda: False  # soundfile would seek, which is libsndfile's error 39
+    most = audio.frames
+    size = re.search(r"(?s)Block Align +: (\d+)\n.*\ndata : (\d+)", audio.extra_info)
+    if size and audio.format == "W64" and audio.subtype.startswith(("PCM", "FLOAT", "DOUBLE")):
+        most = min(most, (int(size[2]) - 24) // int(size[1]))  # libsndfile reads to the file's end
+    if most >= UNKNOWN_LENGTH:
+        most = int(max_duration_s * audio.samplerate) + 1
+        if audio.format == "FLAC":
+            audio.seekable = lambda: False  # soundfile would seek, which is libsndfile's error 39
     if audio.seekable():
         audio.seek(0)  # as soundfile.read: an Opus stream then skips its first samples, as it must
-    most = min(audio.frames, int(max_duration_s * audio.samplerate) + 1)
-    pieces, length = [torch.empty(channels, 0)], 0
+    pieces, length = [], 0
     while length < most:
         frames = min(2**25 // audio.channels, most - length)
         # Zeros, because a decoder may leave memory unwritten where a file is damaged.
         piece = audio.read(out=np.zeros((frames, audio.channels), dtype=np.float32))
         if not len(piece):
             break
-        pieces.append(mix_channels(torch.from_numpy(piece.T), channels))
+        pieces.append(mix_channels(check_samples(torch.from_numpy(piece.T)), channels))
         length += len(piece)
+    if length == 0:
+        raise BadClip("no samples: its header says 0 bytes of audio, or none follow it")
+    check_duration(length / audio.samplerate, max_duration_s)
     exact = audio.format in EXACT_FORMATS and not audio.subtype.startswith("MPEG")
     if exact and length < audio.frames < UNKNOWN_LENGTH:
         raise BadClip(f"truncated or damaged: {length:,} of {most:,} samples could be read")
@@ -732,7 +754,7 @@ def decode(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.T
 def check_samples(samples: torch.Tensor) -> torch.Tensor:
     """Return samples [C, T]. Raises BadClip: there are none, or they are no audio in -1 to 1."""
     if not samples.numel():
-        raise BadClip("no samples (or its header says 0 bytes of audio)")
+        raise BadClip("no samples")
     peak = max(abs(samples.min().item()), abs(samples.max().item()))
     if not math.isfinite(peak):
         raise BadClip("NaN or infinite samples")
@@ -765,12 +787,15 @@ def read_otherwise(
     if failure.code == 2:  # a system call failed, although the file can be read
         raise OSError(errno.EIO, words, str(path)) from failure
     is_utf_16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
-    if is_utf_16 or not re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f\xff]", head):
+    has_controls = re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]", head)
+    if is_utf_16 or (len(set(head)) > 1 and not has_controls):
         raise BadClip("not audio: the file holds text") from failure
     if re.match(rb"ID3|APETAGEX|TAG", head):  # FFmpeg would play what is left of it
         raise BadClip("no audio behind the file's tag could be decoded") from failure
     if failure.code == 24:  # "SF_INFO struct incomplete"
-        raise BadClip("its header is damaged: 0 Hz, or 0 channels") from failure
+        raise BadClip(
+            "its header is damaged: a sample rate or a number of channels of 0"
+        ) from failure
     if failure.code not in (1, 4, 7):  # the format or the encoding; 7: it is named MP3, and is none
         raise BadClip(f"damaged, or not a sound file (libsndfile: {words})") from failure
     try:
@@ -879,15 +904,19 @@ def find_weights(settings: Settings) -> Path | None:
 
 def download(path: Path) -> bool:
     """Download one of Meta's checkpoints to `path`. Says why, and returns False, if that fails."""
-    url, checksum = ROOT_URL + path.name, path.stem[-8:]
+    previous_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # a cluster's firewall may swallow the request
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        url, checksum = ROOT_URL + path.name, path.stem[-8:]
         # It writes to a temporary name and renames, so several processes may download at once.
         torch.hub.download_url_to_file(url, str(path), checksum, progress=LOCAL_RANK == 0)
         return True
     except (OSError, RuntimeError) as error:
-        say(f"{url} could not be downloaded: {getattr(error, 'reason', error)}")
+        say(f"{ROOT_URL}{path.name} could not be downloaded: {getattr(error, 'reason', error)}")
         return False
+    finally:
+        socket.setdefaulttimeout(previous_timeout)
 
 
 def build_model(name: str) -> EncodecModel:
@@ -1045,8 +1074,9 @@ class Encoder:
 
         Segments are sorted by length, the longest first. Each is convolved on a core of its own,
         and batches of one length go through the LSTM and the codebooks. The pool is first in, first
-        out, and a batch stands behind the convolutions of the next four segments, so that it does
-        not wait for its own, and the LSTM, which reads memory, runs beside those, which compute.
+        out, and a batch is queued after the convolutions of the next one (of more, if batches are
+        smaller than 4): it rarely waits for its own then, and the LSTM, which is bound by memory,
+        runs beside convolutions, which are bound by the cores.
         """
         segments = [(number, part) for number, c in enumerate(chunks) for part in self.segments(c)]
         segments.sort(key=lambda segment: -segment[1].shape[1])  # those of a chunk stay in order
@@ -1058,9 +1088,9 @@ class Encoder:
         for batch in [*batches, *([] for _ in range(ahead))]:
             waiting.append((batch, [pool.submit(self.convolve, samples) for _, samples in batch]))
             if len(waiting) > ahead:
-                batch, convolved = waiting.popleft()
+                oldest, convolved = waiting.popleft()
                 future = pool.submit(self.quantize_batch, convolved)
-                for place, (number, _) in enumerate(batch):
+                for place, (number, _) in enumerate(oldest):
                     results[number].append((future, place))
         for parts in results:
             done = [(*future.result(), place) for future, place in parts]
@@ -1374,7 +1404,9 @@ def write_kept(folder: Path, name: str, kept: Kept) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(path)
         except OSError as error:
-            raise BadClip(f"its file of codes {fault_of_file(error, path)}") from error
+            if error.errno not in CLIP_ERRNOS - {errno.EACCES, errno.EPERM}:
+                raise
+            raise BadClip(f"its codes cannot be kept under its name: {error.strerror}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -1423,9 +1455,9 @@ def take_kept(clip: Clip, folder: Path) -> Kept | None:
 
 
 def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[dict, list[torch.Tensor]]:
-    """Read a clip's file: the facts of Kept that are not about its codes, and its chunks [C, T].
+    """Read a clip's file: returns the facts of Kept besides its codes, and the chunks [C, T].
 
-    Of a clip whose codes are kept there are no chunks.
+    For a clip whose codes are kept: only the checksum, and no chunks.
     Raises BadClip: the clip is at fault. OSError, with a path: the machine is at fault.
     """
     spec, chunks = MODELS[settings.model], []
@@ -1473,6 +1505,8 @@ def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
                     f"{clip.path} was there when the run began, and is gone now. Is its folder "
                     "still mounted? The same command resumes."
                 ) from reason
+            if encoder.settings.debug:
+                say(f"{clip.fname} [{clip.labels}]: FAILED: {reason}")
             continue
         if not chunks:
             clip.sha256 = facts["sha256"]
@@ -1503,6 +1537,9 @@ def encode_clips(
             clip.sha256, clip.encoded_s = facts["sha256"], facts["duration_sec"]
         except BadClip as reason:
             clip.error = str(reason)
+        if encoder.settings.debug:
+            what = f"{facts['duration_sec']:.3f} s, {counted(len(chunks), 'chunk')} {clip.error}"
+            say(f"{clip.fname} [{clip.labels}]: {what}")
 
 
 def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
@@ -1513,8 +1550,9 @@ def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
         if not clip.sha256 and not clip.error:
             first_rows.setdefault(clip.name, clip)
     files = list(first_rows.values())
-    shares = 2 if WORLD_SIZE == 1 else 8 * WORLD_SIZE  # so that few clips are shared evenly
-    size = max(4, min(GROUP_CLIPS, len(files) // shares))
+    # Few clips are shared evenly: by the two groups at work, or by all processes.
+    shares, fewest = (2, 4) if WORLD_SIZE == 1 else (8 * WORLD_SIZE, 1)
+    size = max(fewest, min(GROUP_CLIPS, len(files) // shares))
     groups = [files[i : i + size] for i in range(0, len(files), size)]
     # Its own share comes first. Then it helps the others, beginning with the end of the share
     # before its own, so that it meets that owner late.
@@ -1523,15 +1561,11 @@ def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
     bar = show_progress(None, dataset.stem, total=len(clips))
     pool = ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        at_work = {pool.submit(encode_group, group, folder, encoder): group for group in groups}
+        at_work = {pool.submit(encode_group, group, folder, encoder) for group in groups}
         while at_work:  # the bar shows each second that the run is alive, in a log each minute
-            done, _ = wait(at_work, max(1, bar.mininterval), FIRST_EXCEPTION)
+            done, at_work = wait(at_work, max(1, bar.mininterval), FIRST_EXCEPTION)
             for future in done:
                 future.result()
-                for clip in at_work.pop(future):
-                    outcome = f"FAILED: {clip.error}" if clip.error else "finished"
-                    if settings.debug:
-                        say(f"{clip.fname} [{clip.labels}], {clip.encoded_s:.3f} s: {outcome}")
             speed = sum(clip.encoded_s for clip in clips) / (time.monotonic() - started)
             failed = sum(bool(clip.error) for clip in clips)
             bar.n = failed + sum(bool(clip.sha256) for clip in clips)

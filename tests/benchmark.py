@@ -65,12 +65,15 @@ def measure(program: Path, *args: object) -> list[float]:
     A small process starts it, for a program inherits the peak memory of the process that starts it.
     """
     command = [sys.executable, "-c", MEASURE, sys.executable, program, *args]
-    done = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{program.name} failed:\n{done.stderr}")
     return [float(number) for number in done.stdout.split()]
 
 
 def read_tokens(path: Path, first: int) -> np.ndarray:
     """The tokens of all rows, one after the other; they begin in the column of that number."""
+    csv.field_size_limit(2**31 - 1)
     with path.open(newline="") as file:
         rows = [" ".join(cells[first:]).split() for cells in csv.reader(file)]
     return np.array([token for row in rows for token in row if token.isdecimal()], dtype=int)
@@ -84,18 +87,21 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         clips, out = write_clips(Path(folder) / "input", lengths_s), Path(folder) / "out"
         args = ["--input_dir", clips, "--model", name, "--weights", weights, "--device", device]
-        loop = [clips, name, weights, len(lengths_s), out / "plain.csv", *flags]
+        loop = [clips, name, weights, device, out / "plain.csv", *flags]
         for number in range(rounds):
-            own = [*args, *flags, "--overwrite", "--output_dir", out / str(number)]
+            own = [*args, *flags, "--output_dir", out / str(number)]
             ours.append(measure(TESTS.parent / "encodec_tokenizer.py", *own))
             plain.append(measure(TESTS / "plain_loop.py", *loop))
         tokens = read_tokens(out / "0" / "tokenized_train_curated.csv", 6)
-        different = (tokens != read_tokens(out / "plain.csv", 2)).sum()
+        plain_tokens = read_tokens(out / "plain.csv", 2)
+    if len(tokens) != len(plain_tokens):
+        sys.exit(f"the script gives {len(tokens)} tokens, the plain loop {len(plain_tokens)}")
     ours, plain = np.array(ours), np.array(plain)
-    what = f"{name}, {len(lengths_s)} of {sum(lengths_s):.0f} s {' '.join(flags)}"
+    what = f"{name}, clips: {len(lengths_s)}, {sum(lengths_s):.0f} s {' '.join(flags)}"
     (wall, _, gb), (plain_wall, _, plain_gb) = np.median(ours, 0), np.median(plain, 0)
     cells = [what, f"{wall:.1f} s", f"{plain_wall:.1f} s"]
     cells += [f"{ratio:.2f}" for ratio in np.median(plain / ours, 0)[:2]]
+    different = (tokens != plain_tokens).sum()
     cells += [f"{gb:.2f} GB", f"{plain_gb:.2f} GB", f"{different:,} of {tokens.size:,}"]
     return f"| {' | '.join(cells)} |"
 
@@ -106,7 +112,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds and clips")
     parser.add_argument("--smoke", action="store_true", help="one round with the fewest clips")
-    parser.add_argument("--device", default="cpu", help="the script's; the loop is on the CPU")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     args = parser.parse_args()
     rounds, many, long_s = 5, 64, 300  # the last: seconds of one whole clip
     if args.quick:

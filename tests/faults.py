@@ -198,16 +198,18 @@ def fail_to_read(end: str, number: int) -> None:
     io.open = open_bad
 
 
-def refuse_to_remove(end: str) -> None:
-    """Nothing whose name ends so can be removed, as in a read-only folder."""
-    unlink = os.unlink
+def refuse_to_change(end: str) -> None:
+    """Nothing whose name ends so can be removed or put in place, as in a read-only folder."""
 
-    def refuse(path, *args, **kwargs):
-        if str(path).endswith(end):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        unlink(path, *args, **kwargs)
+    def unless_it_ends_so(function: Callable) -> Callable:
+        def call(*paths, **kwargs):
+            if str(paths[-1]).endswith(end):
+                raise PermissionError(errno.EACCES, "Permission denied", str(paths[-1]))
+            function(*paths, **kwargs)
 
-    os.unlink = refuse
+        return call
+
+    os.unlink, os.replace = unless_it_ends_so(os.unlink), unless_it_ends_so(os.replace)
 
 
 def no_memory(error: Exception) -> None:

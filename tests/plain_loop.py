@@ -1,6 +1,8 @@
-"""What one would write without this project: plain_loop.py INPUT_DIR MODEL WEIGHTS N CSV [whole]
+"""What one would write without this project.
 
-Tokenizes the first N clips of train_curated, a clip at a time, a chunk at a time or the whole clip,
+    python plain_loop.py INPUT_DIR MODEL WEIGHTS DEVICE CSV [whole]
+
+Tokenizes the clips of train_curated, a clip at a time, a chunk at a time or the whole clip,
 with Meta's model as it comes. benchmark.py runs it as a process of its own beside the script.
 """
 
@@ -11,12 +13,12 @@ from pathlib import Path
 import reference
 import standin
 
-folder, name, weights, count, out, *whole = sys.argv[1:]
+folder, name, weights, device, out, *whole = sys.argv[1:]
 tokens_of = reference.whole if whole else reference.row
-model = standin.plain_model(name, Path(weights))
+model = standin.plain_model(name, Path(weights)).to(device)
 model.set_target_bandwidth(6.0)
 with open(f"{folder}/train_curated.csv", newline="") as file:
-    rows = list(csv.DictReader(file))[: int(count)]
+    rows = list(csv.DictReader(file))
 with open(out, "w", newline="") as file:
     writer = csv.writer(file)
     for row in rows:

@@ -44,7 +44,7 @@ def chunks(audio: torch.Tensor, rate: int, target_s: float = 2.0, overlap: float
 @torch.no_grad()
 def codes(model: EncodecModel, chunk: torch.Tensor) -> np.ndarray:
     """[C, T] -> [K, F], the codes of all segments in time order."""
-    frames = model.encode(chunk[None])
+    frames = model.encode(chunk[None].to(next(model.parameters()).device))
     return torch.cat([frame_codes[0] for frame_codes, _ in frames], dim=1).cpu().numpy()
 
 

@@ -150,6 +150,7 @@ def patched(data, marker, skip, new):
     return data[:at] + new + data[at + len(new) :]
 
 
+W64_LIST = bytes.fromhex("6c6973742f91cf11a5d628db04c10000") + b"\x68" + bytes(87)
 ODD = {  # what it is -> its ending, the clean file's format, and what is done to its bytes
     "MP3 with a large cover": ("mp3", "MP3", lambda data: tag(300_000) + data),
     "MP3 with an ID3v1 tag behind it": ("mp3", "MP3", lambda data: data + ID3V1),
@@ -169,6 +170,8 @@ ODD = {  # what it is -> its ending, the clean file's format, and what is done t
     "AU from a pipe": ("au", "AU", lambda data: patched(data, b".snd", 8, b"\xff" * 4)),
     "AIFF with bytes behind it": ("aiff", "AIFF", lambda data: data + bytes(3_000)),
     "RF64, wrong file size": ("rf64", "RF64", lambda d: patched(d, b"ds64", 10, b"\xff")),
+    # libsndfile takes the chunk for samples; its log has the right size.
+    "W64 with a chunk behind its audio": ("w64", "W64 PCM_32", lambda data: data + W64_LIST),
 }
 ODD = [pytest.param(*case, id=name) for name, case in ODD.items()]
 
@@ -207,8 +210,8 @@ BAD = {  # a name and its bytes -> what its reason says
     ("no_samples.wav", encoded(np.zeros(0), 44_100, "WAV")): "no samples",
     ("truncated.wav", FLOAT[:-9]): "176,391 of the 176,400 bytes of audio that it promises",
     ("size.wav", patched(PCM, b"data", 4, struct.pack("<I", len(PCM)))): "88,200 of the 88,244",
-    ("size_0.wav", patched(PCM, b"data", 4, bytes(4))): "no samples (or its header says 0 bytes",
-    ("rate_0.wav", patched(PCM, b"fmt ", 12, bytes(4))): "its header is damaged: 0 Hz, or 0",
+    ("size_0.wav", patched(PCM, b"data", 4, bytes(4))): "no samples: its header says 0 bytes",
+    ("rate_0.wav", patched(PCM, b"fmt ", 12, bytes(4))): "a sample rate or a number of channels",
     ("rate.wav", patched(PCM, b"fmt ", 12, b"\xff\xff\xff\x7f")): "a sample rate of 2147483647 Hz",
     ("scale.wav", encoded(CHIRP * 32768, 44_100, "WAV", "FLOAT")): "lies between -1 and 1: divide",
     ("nan.wav", FLOAT[:-4] + np.float32("nan").tobytes()): "NaN or infinite samples",
@@ -234,6 +237,13 @@ def test_a_bad_file_has_a_reason_in_plain_words(name, data, says, tmp_path):
     reason = read_or_reason(tmp_path / name, data)
     assert isinstance(reason, str) and says in reason
     assert "File does not exist" not in reason and "SF_INFO" not in reason
+
+
+def test_the_channels_are_checked_before_they_are_mixed(tmp_path):
+    samples = np.stack([CHIRP, -CHIRP], axis=1) * 32768
+    soundfile.write(tmp_path / "a.wav", samples, 44_100, subtype="FLOAT")
+    with pytest.raises(BadClip, match="between -1 and 1"):
+        read_audio(tmp_path / "a.wav", 1, 600)
 
 
 def test_too_long_a_file_is_refused_by_its_header(tmp_path, monkeypatch):

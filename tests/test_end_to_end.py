@@ -158,8 +158,8 @@ def test_debug_shows_every_clip(run, make_dataset, sound):
     root = make_dataset({"a.wav": (sound(4.0, 22_050), 22_050), "b.wav": (sound(1.0), 44_100)})
     (root / "train_curated" / "b.wav").write_bytes(b"")
     _, _, err = run("--input_dir", root, "--debug", "--aggregate", "none")
-    assert "a.wav [Label_0,Slam], 4.000 s: finished" in err
-    assert "b.wav [Label_1,Slam], 0.000 s: FAILED: empty file (0 bytes)" in err
+    assert "a.wav [Label_0,Slam]: 4.000 s, 3 chunks" in err
+    assert "b.wav [Label_1,Slam]: FAILED: empty file (0 bytes)" in err
     assert err.index("a.wav: loading") < err.index("a.wav [Label_0")
 
 

@@ -259,10 +259,12 @@ def test_a_fault_of_the_machine_stops_the_run(fault, says, data, expected):
     assert data.run() == 0 and data.rows() == expected
 
 
-def test_codes_that_cannot_be_removed_are_no_fault_of_the_clip(data):
+def test_codes_that_cannot_be_changed_are_no_fault_of_the_clip(data):
+    refuse = partial(faults.refuse_to_change, ".npz")
+    assert data.run(before=[refuse]) == 1 and "Permission denied" in data.said
     assert data.run() == 0
     change_content(data)
-    assert data.run(before=[partial(faults.refuse_to_remove, ".npz")]) == 1
+    assert data.run(before=[refuse]) == 1
     assert re.search("Permission denied: .*000.wav.npz'", data.said)
     assert data.run() == 0 and data.encoded == ["000.wav"]
 

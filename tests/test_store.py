@@ -127,7 +127,7 @@ def test_a_name_that_cannot_be_kept_fails_alone(run, root, tmp_path):
     status, out, _ = run("--input_dir", root, "--target_duration", "0.5", "--overwrite")
     assert status == 0 and "2 clips tokenized (0 encoded now, 2 already there), 1 failed" in out
     failed = pd.read_csv(tmp_path / "out" / "failed_train_curated.csv")
-    assert failed["fname"].tolist() == ["1.wav"] and "file of codes" in failed["error"][0]
+    assert failed["fname"].tolist() == ["1.wav"] and "cannot be kept" in failed["error"][0]
     assert not list(folder.glob("*.tmp"))
 
 
