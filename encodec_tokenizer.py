@@ -156,7 +156,7 @@ class Settings:
     weights: Annotated[str, "pretrained, untrained, a checkpoint or its folder"] = "pretrained"
     device: Annotated[str, "auto (a GPU if there is one), cpu, cuda or cuda:N"] = "auto"
     batch_size: Annotated[int | None, "chunks per batch (default: 8 s of audio; GPU: 64 s)"] = None
-    workers: Annotated[int | None, "groups of 16 clips at work (default: 2; GPU: 8)"] = None
+    workers: Annotated[int | None, "groups of clips at work (default: 2; GPU: 8)"] = None
     max_duration: Annotated[float, "maximum length of a clip in seconds; longer ones fail"] = 600.0
     max_samples: Annotated[int | None, "number of clips, from the first (default: all)"] = None
     plot: Annotated[str | None, "picture of the tokens: PNG, PDF or SVG (matplotlib)"] = None
@@ -1085,8 +1085,9 @@ class Encoder:
             same = list(same)
             batches += [same[first : first + size] for first in range(0, len(same), size)]
         results, waiting, ahead = [[] for _ in chunks], deque(), max(1, 4 // size)
-        for batch in [*batches, *([] for _ in range(ahead))]:
-            waiting.append((batch, [pool.submit(self.convolve, samples) for _, samples in batch]))
+        for batch in [*batches, *[[]] * ahead]:  # the empty ones let the last batches through
+            convolved = [pool.submit(self.convolve, samples) for _, samples in batch]
+            waiting.append((batch, convolved))
             if len(waiting) > ahead:
                 oldest, convolved = waiting.popleft()
                 future = pool.submit(self.quantize_batch, convolved)
@@ -1296,11 +1297,15 @@ def tokenize(sound: object, encoder: Encoder, rate: int | None = None) -> object
     ValueError: the shape or the rate of samples is wrong. OSError: the machine is at fault.
     """
     sounds = sound if isinstance(sound, (list, tuple)) else [sound]
-    chunks = [
-        split_chunks(load_sound(one, rate, encoder.settings), encoder.settings)[1] for one in sounds
-    ]
+    chunks = []
+    for one in sounds:
+        audio = load_sound(one, rate, encoder.settings)
+        chunks.append(split_chunks(audio, encoder.settings)[1])
     encoded = encoder.encode([chunk for parts in chunks for chunk in parts])
-    codes = [np.stack([next(encoded)[0] for _ in parts]).astype(np.int64) for parts in chunks]
+    codes = []
+    for parts in chunks:
+        codes_of_one = [next(encoded)[0] for _ in parts]
+        codes.append(np.stack(codes_of_one).astype(np.int64))
     return codes if isinstance(sound, (list, tuple)) else codes[0]
 
 
@@ -1328,7 +1333,7 @@ def load_sound(sound: object, rate: int | None, settings: Settings) -> torch.Ten
 
 # -------------------------------------------------------------------------------------------- store
 
-GROUP_CLIPS = 16  # clips that are loaded and encoded together
+GROUP_CLIPS = 16  # clips that are loaded and encoded together, at most
 GROUP_SECONDS = 120  # of audio that a group holds at a time, but at least one clip
 
 
@@ -1615,8 +1620,11 @@ class Job:
     @cached_property
     def made_with(self) -> dict[str, object]:
         """All on which a CSV and a run that replaces it must agree."""
-        paths = {name: getattr(self.settings, name) for name in ("metadata", "audio_dir")}
-        found = {name: str(path.resolve()) if path else None for name, path in paths.items()}
+        found = {"metadata": None, "audio_dir": None}
+        for name in found:
+            path = getattr(self.settings, name)
+            if path:
+                found[name] = str(path.resolve())
         names = [*DECIDE_CODES, "aggregate"]
         if self.settings.whole:  # it does not depend on how chunks are cut
             names = [name for name in names if name not in CHUNK_SETTINGS]

@@ -3,7 +3,7 @@
     python tests/benchmark.py                 both models; on 2 cores many minutes
     python tests/benchmark.py --quick         fewer rounds and clips
     python tests/benchmark.py --device cuda
-    python tests/benchmark.py --smoke         about a minute, to see it run
+    python tests/benchmark.py --smoke         to see it run
 
 Prints time, CPU time, peak memory, and how many tokens differ. The weights are stand-ins for the
 trained ones, and the clips are as long as curated's. Machines change their speed from one minute to

@@ -116,6 +116,10 @@ def ogg_pages(data, change):
     return made
 
 
+def no_last_flag(page):
+    page[5] &= ~4
+
+
 def later(page):
     """Ten minutes later in a stream."""
     at = int.from_bytes(page[6:14], "little")
@@ -158,6 +162,7 @@ ODD = {  # what it is -> its ending, the clean file's format, and what is done t
     "MP3 behind zeros": ("mp3", "MP3", lambda data: bytes(3_000) + data),
     "MP3 inside a WAV": ("wav", "MP3", mp3_in_wav),
     "OGG with bytes behind it": ("ogg", "OGG", lambda data: data + b"\0x"),
+    "OGG without its last flag": ("ogg", "OGG", lambda data: ogg_pages(data, no_last_flag)),
     "Opus joined in mid-stream": ("opus", "OGG OPUS", lambda data: ogg_pages(data, later)),
     "FLAC with an ID3v1 tag behind it": ("flac", "FLAC", lambda data: data + ID3V1),
     "FLAC with an unknown length": ("flac", "FLAC", unknown_length),

@@ -115,6 +115,23 @@ def test_auto_takes_the_cpu_where_pytorch_has_no_kernels_for_the_gpu(monkeypatch
         resolve_device(parse_settings(["--device", "cuda"]))
 
 
+@pytest.mark.parametrize(
+    "flags, size",
+    [
+        ("--target_duration 0.5", 16),
+        ("--target_duration 2", 4),
+        ("--target_duration 60", 1),
+        ("--batch_size 7", 7),
+        ("--whole", 1),
+        ("--whole --model encodec_48khz", 4),  # of the model's segments of 1 s
+    ],
+)
+def test_a_batch_is_counted_in_seconds_of_audio(flags, size):
+    """So that long chunks take no more memory."""
+    settings = parse_settings(["--device", "cpu", *flags.split()])
+    assert resolve_device(settings).batch_size == size
+
+
 def test_help_shows_every_flag_with_its_default_and_examples(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_settings(["--help"])

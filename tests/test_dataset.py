@@ -56,11 +56,12 @@ def cells(clips):
     return [(clip.fname, clip.labels) for clip in clips]
 
 
-def read(tmp_path, content, keep_extra=False):
+def read(tmp_path, content, max_samples=None, keep_extra=False):
     """The names of the further columns of a CSV with this content, and its clips."""
     path = tmp_path / "clips.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    settings = Settings(metadata=path if keep_extra else None, audio_dir=tmp_path)
+    metadata = path if keep_extra else None
+    settings = Settings(metadata=metadata, audio_dir=tmp_path, max_samples=max_samples)
     clips = read_clips(path, settings)
     return tuple(clips[0].extra), clips
 
@@ -197,6 +198,12 @@ def test_unicode_numbers_quotes_spaces_and_long_cells_are_kept(tmp_path):
 def test_rows_that_look_wrong_are_told(rows, expected, note, tmp_path, capsys):
     assert cells(read(tmp_path, f"fname,labels\n{rows}\n")[1]) == expected
     assert note in capsys.readouterr().err
+
+
+def test_max_samples_takes_the_first_rows(tmp_path):
+    text = "fname,labels\nb.wav,1\na.wav,2\nc.wav,3\n"
+    _, clips = read(tmp_path, text, max_samples=2)
+    assert [clip.fname for clip in clips] == ["b.wav", "a.wav"]
 
 
 def test_any_csv_of_names_is_tokenized_and_keeps_its_columns(tmp_path, run):

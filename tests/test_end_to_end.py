@@ -142,8 +142,19 @@ def test_a_run_in_which_every_clip_fails_ends_with_status_1(run, make_dataset, t
 
 def test_summary_and_json_tell_what_made_the_file(whole):
     summary = (whole.parent / f"summary_{STEM}.txt").read_text().splitlines()
-    totals = ("Total samples processed: 10", "Average tokens per sample: 1200.0")
-    for line in (*totals, "Average duration (s): 2.06", "  (8, 150): 10", "  bandwidth: 6.0"):
+    for line in (
+        "Total samples processed: 10",
+        "Failed clips: 0",
+        "Average tokens per sample: 1200.0",
+        "Average duration (s): 2.06",
+        "Total duration (s): 20.6",
+        "Average chunks per clip: 1.5",
+        "Token shape distribution:",
+        "  (8, 150): 10",
+        "  model: encodec_24khz",
+        "  bandwidth: 6.0",
+        "Weights file: encodec_24khz.th",
+    ):
         assert line in summary
     facts = json.loads(whole.with_suffix(".json").read_text())
     for flag in ("model", "bandwidth", "target_duration", "overlap", "aggregate", "max_duration"):

@@ -262,6 +262,7 @@ def test_a_fault_of_the_machine_stops_the_run(fault, says, data, expected):
 def test_codes_that_cannot_be_changed_are_no_fault_of_the_clip(data):
     refuse = partial(faults.refuse_to_change, ".npz")
     assert data.run(before=[refuse]) == 1 and "Permission denied" in data.said
+    assert not data.failed().exists()
     assert data.run() == 0
     change_content(data)
     assert data.run(before=[refuse]) == 1

@@ -56,6 +56,17 @@ def test_the_commands_parse():
             parse_settings(command.split())
 
 
+def test_codebooks_of_each_bandwidth_are_as_stated(plain):
+    pattern = r"((?:[\d.]+, )+[\d.]+) give ((?:\d+, )+\d+) at (\d+) kHz"
+    stated = re.findall(pattern, " ".join(README.split()))
+    assert len(stated) == 2
+    for kbps, codebooks, rate in stated:
+        model = plain(f"encodec_{rate}khz")
+        count = model.quantizer.get_num_quantizers_for_bandwidth
+        found = [str(count(model.frame_rate, float(text))) for text in kbps.split(", ")]
+        assert found == codebooks.split(", ")
+
+
 def test_the_script_needs_nothing_but_requirements_txt():
     names = set(re.findall(r"^[a-z]+", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
     code = (ROOT / "encodec_tokenizer.py").read_text()

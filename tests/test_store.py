@@ -95,6 +95,19 @@ def test_rows_of_one_file_are_encoded_once(again, root, tmp_path):
     assert (tokens[0] != tokens[3]).any()
 
 
+def test_a_group_holds_so_many_seconds_of_audio_at_a_time(again, root, monkeypatch):
+    """Clips of 0.3 s, of which two are less than the bound."""
+    encode_clips, held = encodec_tokenizer.encode_clips, []
+
+    def record(loaded, *others):
+        held.append(len(loaded))
+        encode_clips(loaded, *others)
+
+    monkeypatch.setattr(encodec_tokenizer, "encode_clips", record)
+    monkeypatch.setattr(encodec_tokenizer, "GROUP_SECONDS", 0.7)
+    assert again("--input_dir", root) == 3 and held == [2, 1]
+
+
 def test_a_lowered_max_duration_fails_a_clip_whose_codes_are_kept(again, run, root, tmp_path):
     assert again("--input_dir", root) == 3
     flags = ("--input_dir", root, "--target_duration", "0.5", "--max_duration", "0.2")
@@ -102,6 +115,14 @@ def test_a_lowered_max_duration_fails_a_clip_whose_codes_are_kept(again, run, ro
         status, _, err = run(*flags, "--overwrite")
         assert status == 1 and "too long: 0.3 s (limit 0.2 s" in err and "stays as it is" in err
         shutil.rmtree(root / "train_curated", ignore_errors=True)
+
+
+def test_names_that_differ_in_case_are_two_clips(again, root):
+    """On a disk that tells them apart."""
+    shutil.copy(root / "train_curated" / "1.wav", root / "train_curated" / "KICK.wav")
+    shutil.copy(root / "train_curated" / "2.wav", root / "train_curated" / "kick.wav")
+    edit(root, lambda rows: ["KICK.wav,x", "kick.wav,y"])
+    assert again("--input_dir", root) == 2
 
 
 def test_a_read_only_output_folder_is_refused_at_once(run, root, tmp_path, monkeypatch):
