@@ -107,10 +107,6 @@ def environment_number(name: str, default: int) -> int:
 RANK, WORLD_SIZE = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
 LOCAL_RANK = environment_number("LOCAL_RANK", 0)
 
-# cuDNN's LSTM is deterministic only with this setting (PyTorch's page on torch.nn.LSTM), which has
-# to be there before CUDA starts.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
-
 
 class UserError(Exception):
     """The user has to change something first: the message is printed as it is."""
@@ -155,8 +151,10 @@ class Settings:
     aggregate: Annotated[str, "how a clip's chunks become one row; none: a row each"] = "mean"
     weights: Annotated[str, "pretrained, untrained, a checkpoint or its folder"] = "pretrained"
     device: Annotated[str, "auto (a GPU if there is one), cpu, cuda or cuda:N"] = "auto"
-    batch_size: Annotated[int | None, "chunks per batch (default: 8 s of audio; GPU: 64 s)"] = None
-    workers: Annotated[int | None, "groups of clips at work (default: 2; GPU: 8)"] = None
+    batch_size: Annotated[
+        int | None, "chunks (48 kHz: seconds) per batch (default: 4; GPU: 32)"
+    ] = None
+    workers: Annotated[int | None, "groups of clips at work (default: a core's eighth)"] = None
     max_duration: Annotated[float, "maximum length of a clip in seconds; longer ones fail"] = 600.0
     max_samples: Annotated[int | None, "number of clips, from the first (default: all)"] = None
     plot: Annotated[str | None, "picture of the tokens: PNG, PDF or SVG (matplotlib)"] = None
@@ -275,7 +273,7 @@ try:
     import torchaudio
     from encodec import EncodecModel
     from encodec.model import ROOT_URL
-    from encodec.modules import SLSTM, SConv1d
+    from encodec.modules import SConv1d
     from encodec.modules.conv import pad1d
     from encodec.modules.seanet import SEANetResnetBlock
     from tqdm import tqdm
@@ -314,37 +312,48 @@ if THREADS < 1 or (THREADS == 1 and WORLD_SIZE > 1):
 def resolve_device(settings: Settings) -> Settings:
     """Replace the device by "cpu" or "cuda:N", and fill in the defaults that depend on it.
 
-    `auto` tries a small convolution first, because PyTorch sees GPUs that it has no kernels for.
-    Raises UserError: there is no such GPU, or it cannot be used.
+    Raises UserError: see find_device.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic = True
-    device = settings.device
-    if device in ("auto", "cuda"):
-        gpu = LOCAL_RANK % max(1, torch.cuda.device_count())  # Slurm may show each task its own
-        device = f"cuda:{gpu}" if device == "cuda" or torch.cuda.is_available() else "cpu"
+    device = find_device(settings.device)
+    # The LSTM of whole clips gains nothing from a batch on a CPU: they differ in length.
+    batch_size = 1 if settings.whole and settings.model == "encodec_24khz" else 4
+    workers = max(2, THREADS // 8)
     if device != "cpu":
-        try:
-            F.conv1d(torch.ones(1, 1, 8, device=device), torch.ones(1, 1, 3, device=device)).cpu()
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            if settings.device != "auto":
-                raise UserError(f"--device {settings.device} cannot be used: {reason}") from error
-            say(f"note: this PyTorch cannot use the GPU, so the CPU does the work: {reason}")
-            device = "cpu"
-    # Batches are counted in seconds of audio, so that long chunks take no more memory; on a CPU see
-    # CpuEncoder. Whole clips: the 48 kHz model cuts them into segments of 1 s, and at 24 kHz only
-    # clips of one length share a batch, which is rare.
-    batch_s, workers = (8, 2) if device == "cpu" else (64, 8)
-    batch_size = max(1, round(batch_s / settings.target_duration))
-    if settings.whole and settings.model == "encodec_24khz":
-        batch_size = 1 if device == "cpu" else GROUP_CLIPS
+        batch_size = 32
+        workers = 8
     return replace(
         settings,
         device=device,
         batch_size=settings.batch_size or batch_size,
         workers=settings.workers or workers,
     )
+
+
+def find_device(name: str) -> str:
+    """Return the device that --device names: "cpu" or "cuda:N".
+
+    A GPU is tried by a small convolution, because PyTorch sees GPUs that it has no kernels for;
+    `auto` then takes the CPU. Raises UserError: there is no such GPU, or it cannot be used.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    device = name
+    if name in ("auto", "cuda"):
+        device = f"cuda:{LOCAL_RANK % max(1, torch.cuda.device_count())}"
+    # Both have to be set before CUDA starts. cuDNN's LSTM is deterministic only with the first
+    # (PyTorch's page on torch.nn.LSTM). The second bounds the host memory of convolutions' plans,
+    # 200 KiB each (Conv_v8.cpp).
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    os.environ.setdefault("TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT", "1000")
+    try:
+        F.conv1d(torch.ones(1, 1, 8, device=device), torch.ones(1, 1, 3, device=device)).cpu()
+        return device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        if name != "auto":
+            raise UserError(f"--device {name} cannot be used: {reason}") from error
+        say(f"note: this PyTorch cannot use the GPU, so the CPU does the work: {reason}")
+        return "cpu"
 
 
 # ------------------------------------------------------------------------------------------ dataset
@@ -824,7 +833,7 @@ RESAMPLERS = threading.Lock()
 
 
 @lru_cache(maxsize=8)
-def make_resampler(rate: int, model_rate: int, device: str) -> torchaudio.transforms.Resample:
+def make_resampler(rate: int, model_rate: int) -> torchaudio.transforms.Resample:
     """Make torchaudio's resampler, with its defaults, as in EnCodec's convert_audio.
 
     Its kernel has as many entries as the product of the reduced rates: 4 GB for 44,101 Hz. Ratios
@@ -834,14 +843,14 @@ def make_resampler(rate: int, model_rate: int, device: str) -> torchaudio.transf
     nearest = ratio.limit_denominator(max(1, int(math.sqrt(2**25 / ratio))))
     if nearest != ratio:
         say(f"note: the sample rate {rate} Hz is met to within 0.01 %: an exact filter is too big")
-    return torchaudio.transforms.Resample(nearest.numerator, nearest.denominator).to(device)
+    return torchaudio.transforms.Resample(nearest.numerator, nearest.denominator)
 
 
 def resample(samples: torch.Tensor, rate: int, settings: Settings) -> torch.Tensor:
-    """Resample [C, T] from `rate` in Hz to the model's rate, on the settings' device."""
+    """Resample [C, T] from `rate` in Hz to the model's rate."""
     with RESAMPLERS:  # a kernel is made once, and its note printed once
-        resampler = make_resampler(rate, MODELS[settings.model].sample_rate, settings.device)
-    return resampler(samples.to(settings.device))
+        resampler = make_resampler(rate, MODELS[settings.model].sample_rate)
+    return resampler(samples)
 
 
 # ------------------------------------------------------------------------------------------- chunks
@@ -1016,7 +1025,11 @@ def untrained_model(name: str) -> EncodecModel:
 
 # -------------------------------------------------------------------------------------------- codes
 
-
+# A frame of the causal model depends on the 478 samples before it (each convolution's left padding
+# times the strides before it, added up). So a piece of audio that begins two frames early needs
+# nothing of the piece before it.
+LEAD_FRAMES = 2
+PIECE_FRAMES = 75
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
@@ -1027,7 +1040,7 @@ def elu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     Linux with AVX-512, NumPy's expm1 is Intel's SVML, which is faster than torch's exp.
     """
     out = torch.clamp(x, max=0, out=out)
-    if AVX512 and sys.platform == "linux":
+    if AVX512 and sys.platform == "linux" and x.device.type == "cpu":
         np.expm1(out.numpy(), out=out.numpy())
     else:
         out.exp_().sub_(1)
@@ -1050,21 +1063,51 @@ def one_core_pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
-class Encoder:
-    """Turns chunks into the codes that EncodecModel.encode gives, by EnCodec's modules on batches.
+def batched(items: list, size: int, key: Callable) -> Iterator[list]:
+    """Yield consecutive items with the same key, at most `size` at a time."""
+    for _, same in groupby(items, key):
+        same = list(same)
+        for first in range(0, len(same), size):
+            yield same[first : first + size]
 
-    This is the encoder for GPUs. An encoder can be pickled, and used in forked processes.
+
+class Piece(NamedTuple):
+    """A part of a segment, to be convolved by itself."""
+
+    samples: torch.Tensor  # [C, T]
+    lead: int  # of its frames: the first ones, which belong to the piece before it
+
+
+class Encoder:
+    """Turns chunks into the codes that EncodecModel.encode gives.
+
+    A chunk is cut into the segments that EncodecModel encodes at a time, and a segment into pieces,
+    which are convolved independently. Then a batch of segments goes through the LSTM, the last
+    convolution and the codebooks. It is filled up with zeros to one fixed shape, so that codes do
+    not depend on what they are encoded with.
+
+    The subclasses say how pieces are convolved. An encoder can be pickled; one for a CPU can be
+    used in forked processes.
     """
 
-    threads = 1  # they feed the GPU
+    threads: int
+    lstm_frames: int  # that go through the LSTM at a time
+    fixed_shapes: bool  # fill up the last of these, too, and quantize all rows of a batch
 
     def __init__(self, model: EncodecModel, settings: Settings) -> None:
         for module in model.encoder.modules():
             if hasattr(module, "weight_g"):  # fold the norm into the weight once, not every call
                 torch.nn.utils.remove_weight_norm(module)
-        self.model, self.settings = model, settings
+        self.model = model
+        self.settings = settings
+        self.stopped = False  # True: whatever is still queued fails at once
         model.encoder.to(settings.device)
         model.quantizer.to(settings.device)
+        *convolutions, lstm, _, self.last_convolution = model.encoder.model
+        self.convolutions = torch.nn.Sequential(*convolutions)
+        self.lstm = lstm.lstm
+        self.hop = int(model.encoder.hop_length)
+        self.causal = self.last_convolution.causal
         count = model.quantizer.get_num_quantizers_for_bandwidth(model.frame_rate, model.bandwidth)
         books = [layer.codebook for layer in model.quantizer.vq.layers[:count]]  # [1024, D] each
         self.codebooks = [(book, 2 * book, -book.pow(2).sum(1)) for book in books]
@@ -1072,57 +1115,127 @@ class Encoder:
     def encode(self, chunks: list[torch.Tensor]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """Encode chunks [C, T]; yields the codes [K, F], uint16, and the latents [D, F] of each.
 
-        Segments are sorted by length, the longest first. Each is convolved on a core of its own,
-        and batches of one length go through the LSTM and the codebooks. The pool is first in, first
-        out, and a batch is queued after the convolutions of the next one (of more, if batches are
-        smaller than 4): it rarely waits for its own then, and the LSTM, which is bound by memory,
-        runs beside convolutions, which are bound by the cores.
+        The pool is first in, first out, and a batch is queued after the pieces of the next one (of
+        more, if batches are smaller than 4). So it rarely waits for its own pieces, and its LSTM,
+        which is bound by memory, runs beside convolutions, which are bound by the cores.
         """
-        segments = [(number, part) for number, c in enumerate(chunks) for part in self.segments(c)]
+        segments = []
+        for number, chunk in enumerate(chunks):
+            # The 24 kHz model takes a chunk whole, the 48 kHz model 1 s at a time, overlapping.
+            length = self.model.segment_length or chunk.shape[1]
+            for start in range(0, chunk.shape[1], self.model.segment_stride or length):
+                segments.append((number, chunk[:, start : start + length]))
         segments.sort(key=lambda segment: -segment[1].shape[1])  # those of a chunk stay in order
-        pool, size, batches = one_core_pool(self.threads, os.getpid()), self.settings.batch_size, []
-        for _, same in groupby(segments, key=lambda segment: segment[1].shape[1]):
-            same = list(same)
-            batches += [same[first : first + size] for first in range(0, len(same), size)]
-        results, waiting, ahead = [[] for _ in chunks], deque(), max(1, 4 // size)
-        for batch in [*batches, *[[]] * ahead]:  # the empty ones let the last batches through
-            convolved = [pool.submit(self.convolve, samples) for _, samples in batch]
-            waiting.append((batch, convolved))
-            if len(waiting) > ahead:
-                oldest, convolved = waiting.popleft()
-                future = pool.submit(self.quantize_batch, convolved)
-                for place, (number, _) in enumerate(oldest):
-                    results[number].append((future, place))
-        for parts in results:
-            done = [(*future.result(), place) for future, place in parts]
-            codes = np.concatenate([codes[place] for codes, _, place in done], axis=1)
-            yield codes, torch.cat([latents[place] for _, latents, place in done], dim=1)
+        pool = one_core_pool(self.threads, os.getpid())
+        size = self.settings.batch_size
+        places = [[] for _ in chunks]  # of a chunk's segments: a batch's Future, and the row in it
+        waiting = deque()
 
-    def segments(self, chunk: torch.Tensor) -> list[torch.Tensor]:
-        """Cut a chunk [C, T] as EncodecModel.encode does; its segments' codes follow each other.
+        def queue_oldest_batch() -> None:
+            numbers, started = waiting.popleft()
+            future = pool.submit(self.task, self.quantize_batch, started)
+            for row, number in enumerate(numbers):
+                places[number].append((future, row))
 
-        The 24 kHz model takes it whole, the 48 kHz model in segments of 1 s that overlap by 1 %.
+        for batch in batched(segments, size, key=self.batch_key):
+            numbers, audio = zip(*batch)
+            waiting.append((numbers, self.start_convolving(pool, audio)))
+            if len(waiting) > max(1, 4 // size):
+                queue_oldest_batch()
+        while waiting:
+            queue_oldest_batch()
+        for of_chunk in places:
+            rows = [future.result()[row] for future, row in of_chunk]
+            codes, latents = zip(*rows)
+            yield np.concatenate(codes, axis=1), torch.cat(latents, dim=1)
+
+    def batch_key(self, segment: tuple[int, torch.Tensor]) -> int:
+        """Segments with the same key can share a batch: here those of one length."""
+        return segment[1].shape[1]
+
+    def task(self, function: Callable, argument: object) -> object:
+        """Call a function in the pool."""
+        if self.stopped:
+            raise RunError("the encoder was stopped")
+        with torch.inference_mode():
+            return function(argument)
+
+    def cut_segment(self, segment: torch.Tensor) -> list[Piece]:
+        """Cut a segment [C, T] into pieces. A last, incomplete frame is a piece of its own.
+
+        The 48 kHz model looks ahead and normalizes over time, so its segments are one piece. So are
+        segments of less than three frames: the reflection that pads their start reaches their end.
         """
-        length = self.model.segment_length or chunk.shape[1]
-        starts = range(0, chunk.shape[1], self.model.segment_stride or length)
-        return [chunk[:, start : start + length] for start in starts]
+        complete, rest = divmod(segment.shape[1], self.hop)
+        if not self.causal or complete < 3:
+            return [Piece(segment, 0)]
+        pieces = []
+        for first in range(0, complete, PIECE_FRAMES):
+            lead = LEAD_FRAMES if first else 0
+            end = min(first + PIECE_FRAMES, complete)
+            pieces.append(Piece(segment[:, (first - lead) * self.hop : end * self.hop], lead))
+        if rest:
+            pieces.append(Piece(segment[:, (complete - LEAD_FRAMES) * self.hop :], LEAD_FRAMES))
+        return pieces
 
-    @torch.inference_mode()
-    def convolve(self, segment: torch.Tensor) -> torch.Tensor:
-        """Divide a segment [C, T] by its loudness, as EncodecModel does. A GPU convolves later."""
+    def start_convolving(self, pool: ThreadPoolExecutor, segments: list[torch.Tensor]) -> list:
+        """Prepare segments [C, T] for `convolved`, and queue what can be done already."""
+        raise NotImplementedError
+
+    def convolved(self, started: list) -> list[torch.Tensor]:
+        """Return the LSTM's input [F, 512] of each segment of `start_convolving`."""
+        raise NotImplementedError
+
+    def normalized(self, segment: torch.Tensor) -> torch.Tensor:
+        """Divide a segment [C, T] by its loudness, if the model does (see EncodecModel)."""
         if not self.model.normalize:
             return segment
         return segment / (1e-8 + segment.mean(dim=0).pow(2).mean().sqrt())
 
-    def latents(self, convolved: list[torch.Tensor]) -> torch.Tensor:
-        """Turn the results of `convolve` for B segments into the encoder's output [B, D, F]."""
-        return self.model.encoder(torch.stack(convolved))
+    def quantize_batch(self, started: list) -> list[tuple[np.ndarray, torch.Tensor]]:
+        """Return the codes [K, F] and the latents [D, F] of each segment of a batch."""
+        segments = self.convolved(started)
+        lengths = [len(segment) for segment in segments]  # the first is the longest
+        last, state, context = self.last_convolution, None, None
+        codes, latents = [], []
+        for at in range(0, lengths[0], self.lstm_frames):
+            num_frames = min(lengths[0] - at, self.lstm_frames)
+            if self.fixed_shapes and self.causal:
+                num_frames = self.lstm_frames
+            x = torch.zeros(num_frames, self.settings.batch_size, 512, device=self.settings.device)
+            for row, segment in enumerate(segments):
+                part = segment[at : at + self.lstm_frames]
+                x[: len(part), row] = part
+            y, state = self.lstm(x, state)
+            y = elu(y.add_(x)).permute(1, 2, 0)  # [B, 512, F]
+            if self.causal:
+                last = self.last_convolution.conv.conv
+                y, context = self.pad_start(y, lengths, context)
+            if self.fixed_shapes:
+                y = last(y)
+            else:  # oneDNN's rounding depends on the number of rows
+                y = torch.cat([last(one[None]) for one in y[: len(segments)]])
+            codes.append(self.quantize(y))
+            latents.append(y.cpu())
+        codes, latents = np.concatenate(codes, axis=2), torch.cat(latents, dim=2)
+        rows = enumerate(lengths)
+        return [(codes[row, :, :length], latents[row, :, :length]) for row, length in rows]
 
-    @torch.inference_mode()
-    def quantize_batch(self, convolved: list[Future]) -> tuple[np.ndarray, torch.Tensor]:
-        """Return the codes [B, K, F] and the latents [B, D, F] of B segments of one length."""
-        latents = self.latents([future.result() for future in convolved])
-        return self.quantize(latents), latents.cpu()
+    def pad_start(
+        self, x: torch.Tensor, lengths: list[int], context: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put the context before the causal last convolution's input [B, 512, F].
+
+        Returns that, and its end, which is the next context. The first one is a reflection, as in
+        EncodecModel's pad1d, which puts zeros behind a segment that is too short for it.
+        """
+        width = self.last_convolution.conv.conv.kernel_size[0] - 1
+        if context is None:
+            for row, length in zip(x, lengths):
+                row[:, length:] = 0
+            context = F.pad(x[:, :, : width + 1], (0, width))[:, :, 1 : width + 1].flip(2)
+        x = torch.cat([context, x], dim=2)
+        return x, x[:, :, -width:]
 
     @torch.inference_mode()
     def quantize(self, latents: torch.Tensor) -> np.ndarray:
@@ -1141,12 +1254,8 @@ class Encoder:
         return codes.cpu().numpy().astype(np.uint16)
 
 
-# The last `left` frames [left, C] of each convolution's input, for the next piece of the audio.
-Tails = dict["FastConv", torch.Tensor]
-
-
 class FastConv:
-    """EnCodec's SConv1d, and the ELU before it where there is one, on one chunk as [T, C].
+    """EnCodec's SConv1d, and the ELU before it where there is one, on one piece as [T, C].
 
     It computes the same sums in a layout for CPUs: with a frame's channels side by side, a kernel
     of 1 is a matrix product, and a kernel of twice the stride (all strided convolutions of EnCodec)
@@ -1170,31 +1279,32 @@ class FastConv:
         self.right = 0 if module.causal else total // 2
         self.left = total - self.right
 
-    def pad(self, x: torch.Tensor, tails: Tails) -> torch.Tensor:
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
         """[T, C] after its ELU, reflected at both ends, to whole strides."""
         length, left, right = len(x), self.left, self.right + -len(x) % self.stride
-        tail = tails.get(self)
-        if tail is None and length <= max(left, right):  # too short: EnCodec appends zeros first
+        if length <= max(left, right):  # too short: EnCodec appends zeros first
             x = elu(x) if self.after_elu else x
             return pad1d(x.T[None], (left, right), "reflect")[0].T.contiguous()
         padded = x.new_empty(left + length + right, x.shape[1])
         body = padded[left : left + length]
-        elu(x, out=body) if self.after_elu else body.copy_(x)
-        padded[:left] = body[1 : left + 1].flip(0) if tail is None else tail
+        if self.after_elu:
+            elu(x, out=body)
+        else:
+            body.copy_(x)
+        padded[:left] = body[1 : left + 1].flip(0)
         padded[left + length :] = body[length - 1 - right : length - 1].flip(0)
-        tails[self] = body[length - left :].clone()
         return padded
 
-    def __call__(self, x: torch.Tensor, tails: Tails) -> torch.Tensor:
-        """[T, C] -> [ceil(T / stride), C']; `tails`: see CpuEncoder.convolve."""
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, C] -> [ceil(T / stride), C']"""
         if self.kernel == 1:
             y = linear(elu(x) if self.after_elu else x, self.weight, self.bias)
         elif self.kernel == 2 * self.stride:
-            strides = self.pad(x, tails).view(-1, self.stride * x.shape[1])
+            strides = self.pad(x).view(-1, self.stride * x.shape[1])
             y = linear(strides[:-1], self.weight[0], self.bias)
             y += linear(strides[1:], self.weight[1])
         else:
-            y = F.conv2d(self.pad(x, tails).T[None, :, None], self.weight, self.bias)[0, :, 0].T
+            y = F.conv2d(self.pad(x).T[None, :, None], self.weight, self.bias)[0, :, 0].T
         if self.norm is None:
             return y
         mean, flat = y.mean(), y.reshape(-1)  # GroupNorm of one group
@@ -1204,75 +1314,107 @@ class FastConv:
 
 
 def residual_block(
-    shortcut: FastConv, wide: FastConv, narrow: FastConv, x: torch.Tensor, tails: Tails
+    shortcut: FastConv, wide: FastConv, narrow: FastConv, x: torch.Tensor
 ) -> torch.Tensor:
-    return shortcut(x, tails).add_(narrow(wide(x, tails), tails))
+    return shortcut(x).add_(narrow(wide(x)))
 
 
 class CpuEncoder(Encoder):
-    """EnCodec's encoder for a CPU: the convolutions segment by segment, the LSTM over a batch.
+    """Convolves each piece on a core of its own: its activations fit the cache, a batch's do not.
 
-    A segment's activations fit the cache, and a batch's do not; the LSTM reads all its weights at
-    every step, which the segments of a batch share. A batch is filled up with zeros to one fixed
-    shape, so that codes do not depend on what they are encoded with. Batches of 4 x 2 s are as fast
-    as larger ones.
+    The LSTM reads all its weights at every step, which the segments of a batch share; batches of 4
+    are as fast as larger ones.
     """
 
     threads = THREADS
-    lstm_frames = 1500  # a longer segment goes through the LSTM in pieces, to save memory
+    lstm_frames = 1500  # more take more memory, and are no faster
+    fixed_shapes = False
 
     def __init__(self, model: EncodecModel, settings: Settings) -> None:
         super().__init__(model, settings)
-        self.hop, self.causal = int(model.encoder.hop_length), model.encoder.model[0].causal
-        self.layers: list[Callable[[torch.Tensor, Tails], torch.Tensor]] = []
+        self.layers: list[Callable[[torch.Tensor], torch.Tensor]] = []
         after_elu = False
-        for module in model.encoder.model[:-1]:
+        for module in self.convolutions:
             if isinstance(module, SConv1d):
                 self.layers.append(FastConv(module, after_elu))
             elif isinstance(module, SEANetResnetBlock):
                 shortcut = FastConv(module.shortcut, after_elu=False)
-                wide, narrow = (FastConv(module.block[i], after_elu=True) for i in (1, 3))
+                wide = FastConv(module.block[1], after_elu=True)
+                narrow = FastConv(module.block[3], after_elu=True)
                 self.layers.append(partial(residual_block, shortcut, wide, narrow))
-            elif isinstance(module, SLSTM):
-                self.lstm = module.lstm
             after_elu = isinstance(module, torch.nn.ELU)
-        # EnCodec's own module: it rounds less over 3,584 terms a sum, and costs little.
-        self.last = model.encoder.model[-1]
 
-    @torch.inference_mode()
-    def convolve(self, segment: torch.Tensor) -> torch.Tensor:
-        """Turn [C, T] into the LSTM's input [F, 512].
+    def start_convolving(self, pool: ThreadPoolExecutor, segments: list[torch.Tensor]) -> list:
+        """See Encoder."""
+        started = []
+        for segment in segments:
+            pieces = self.cut_segment(segment)
+            started.append([pool.submit(self.task, self.convolve, piece) for piece in pieces])
+        return started
 
-        A causal model takes pieces of 50 frames or more, which fit the cache and need no more
-        memory for longer segments; `tails` holds the inputs that each convolution needs from the
-        piece before. The 48 kHz model looks ahead and normalizes over time: it takes one piece.
-        """
-        x, tails = super().convolve(segment).T.contiguous(), {}  # [T, C]
-        piece = 50 * self.hop if self.causal else len(x)
-        sizes = [piece] * (len(x) // piece - 1)
+    def convolve(self, piece: Piece) -> torch.Tensor:
+        x = self.normalized(piece.samples).T.contiguous()  # [T, C]
+        for layer in self.layers:
+            x = layer(x)
+        return x[piece.lead :]
+
+    def convolved(self, started: list[list[Future]]) -> list[torch.Tensor]:
+        """See Encoder."""
+        return [torch.cat([future.result() for future in futures]) for futures in started]
+
+
+class GpuEncoder(Encoder):
+    """Convolves pieces side by side by EnCodec's own modules, in one thread.
+
+    cuDNN plans each new shape anew, which takes time and memory. So batches, pieces and what goes
+    through the LSTM are filled up with zeros to one shape. Only the pieces of incomplete frames (at
+    most 320 lengths; clips of less than 0.04 s have 640 more) and, at 48 kHz, the last segment of a
+    clip have a length of their own.
+    """
+
+    threads = 1
+    lstm_frames = 2 * PIECE_FRAMES
+    fixed_shapes = True
+    pieces_at_once = 16
+
+    def batch_key(self, segment: tuple[int, torch.Tensor]) -> int:
+        """See Encoder. The causal model does not see the zeros behind a segment."""
+        return 0 if self.causal else super().batch_key(segment)
+
+    def start_convolving(self, pool: ThreadPoolExecutor, segments: list[torch.Tensor]) -> list:
+        """See Encoder."""
         pieces = []
-        for y in x.split([*sizes, len(x) - sum(sizes)]):
-            for layer in self.layers:
-                y = layer(y, tails)
-            pieces.append(y)
-        return torch.cat(pieces)
+        for row, segment in enumerate(segments):
+            pieces += [(row, piece) for piece in self.cut_segment(segment)]
+        return pieces
 
-    def latents(self, convolved: list[torch.Tensor]) -> torch.Tensor:
-        """Turn B convolved segments [F, 512] of one length into the encoder's output [B, D, F]."""
-        num_frames, fill = len(convolved[0]), self.settings.batch_size - len(convolved)
-        x, state = convolved[0].new_empty(len(convolved), 512, num_frames), None
-        for at in range(0, num_frames, self.lstm_frames):
-            part = slice(at, at + self.lstm_frames)
-            piece = torch.stack([segment[part] for segment in convolved], dim=1)  # [F, B, 512]
-            piece = F.pad(piece, (0, 0, 0, fill))
-            y, state = self.lstm(piece, state)
-            x[:, :, part] = elu(y.add_(piece)).permute(1, 2, 0)[: len(convolved)]
-        return torch.cat([self.last(one[None]) for one in x])
+    def filled_length(self, piece: tuple[int, Piece]) -> int:
+        """Return the number of samples that a piece of complete frames is filled up to."""
+        length = piece[1].samples.shape[1]
+        if self.causal and length % self.hop == 0 and length >= 3 * self.hop:
+            return (LEAD_FRAMES + PIECE_FRAMES) * self.hop
+        return length
+
+    def convolved(self, started: list[tuple[int, Piece]]) -> list[torch.Tensor]:
+        """See Encoder."""
+        rows = defaultdict(list)
+        # The longest come first, and so the pieces of a segment stay in order.
+        pieces = sorted(started, key=self.filled_length, reverse=True)
+        for group in batched(pieces, self.pieces_at_once, key=self.filled_length):
+            channels = len(group[0][1].samples)
+            x = torch.zeros(self.pieces_at_once, channels, self.filled_length(group[0]))
+            for place, (_, piece) in enumerate(group):
+                x[place, :, : piece.samples.shape[1]] = self.normalized(piece.samples)
+            y = self.convolutions(x.to(self.settings.device)).transpose(1, 2)  # [B, F, 512]
+            for place, (row, piece) in enumerate(group):
+                end = math.ceil(piece.samples.shape[1] / self.hop)
+                rows[row].append(y[place, piece.lead : end])
+        return [torch.cat(rows[row]) for row in sorted(rows)]
 
 
 def make_encoder(model: EncodecModel, settings: Settings) -> Encoder:
     """Return the encoder for the device of settings from resolve_device."""
-    return CpuEncoder(model, settings) if settings.device == "cpu" else Encoder(model, settings)
+    return CpuEncoder(model, settings) if settings.device == "cpu" else GpuEncoder(model, settings)
 
 
 def load_encoder(settings: Settings) -> Encoder:
@@ -1548,40 +1690,56 @@ def encode_clips(
 
 
 def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
-    """Encode the clips that have no codes yet. Raises what encode_group raises."""
+    """Encode the clips that have no codes yet. Raises what encode_group raises.
+
+    No group is at work any more when it returns or raises.
+    """
     clips, settings, started = dataset.clips, encoder.settings, time.monotonic()
     first_rows = {}  # rows of one file share its codes
     for clip in clips:
         if not clip.sha256 and not clip.error:
             first_rows.setdefault(clip.name, clip)
     files = list(first_rows.values())
-    # Few clips are shared evenly: by the two groups at work, or by all processes.
-    shares, fewest = (2, 4) if WORLD_SIZE == 1 else (8 * WORLD_SIZE, 1)
+    if not files:
+        return
+    # Few clips are shared evenly: by the groups at work, or by all processes.
+    shares, fewest = (settings.workers, 4) if WORLD_SIZE == 1 else (8 * WORLD_SIZE, 1)
     size = max(fewest, min(GROUP_CLIPS, len(files) // shares))
     groups = [files[i : i + size] for i in range(0, len(files), size)]
     # Its own share comes first. Then it helps the others, beginning with the end of the share
     # before its own, so that it meets that owner late.
     first, end = len(groups) * RANK // WORLD_SIZE, len(groups) * (RANK + 1) // WORLD_SIZE
     groups = groups[first:end] + groups[:first][::-1] + groups[end:][::-1]
-    bar = show_progress(None, dataset.stem, total=len(clips))
+    bar = show_progress(None, dataset.stem, total=len(clips), miniters=0)
     pool = ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         at_work = {pool.submit(encode_group, group, folder, encoder) for group in groups}
-        while at_work:  # the bar shows each second that the run is alive, in a log each minute
-            done, at_work = wait(at_work, max(1, bar.mininterval), FIRST_EXCEPTION)
+        while at_work:
+            # A second at most: a signal may reach another thread, and is handled in this one.
+            done, at_work = wait(at_work, 1, FIRST_EXCEPTION)
             for future in done:
                 future.result()
-            speed = sum(clip.encoded_s for clip in clips) / (time.monotonic() - started)
-            failed = sum(bool(clip.error) for clip in clips)
-            bar.n = failed + sum(bool(clip.sha256) for clip in clips)
-            bar.set_postfix_str(f"{speed:.0f} s of audio/s, {failed} failed")
+            update_progress(bar, clips, started)
+    except BaseException:
+        encoder.stopped = True
+        raise
     finally:
+        pool.shutdown(cancel_futures=True)
+        update_progress(bar, clips, started)
         bar.close()
-        pool.shutdown(wait=False, cancel_futures=True)
     for clip in clips:
         if not clip.sha256 and not clip.error:
             encoded = first_rows[clip.name]
             clip.sha256, clip.error = encoded.sha256, encoded.error
+
+
+def update_progress(bar: tqdm, clips: list[Clip], started: float) -> None:
+    """Show on the bar how many clips are finished, and how fast audio is encoded since `started`."""
+    speed = sum(clip.encoded_s for clip in clips) / (time.monotonic() - started)
+    failed = sum(bool(clip.error) for clip in clips)
+    bar.set_postfix_str(f"{speed:.0f} s of audio/s, {failed} failed", refresh=False)
+    bar.n = failed + sum(bool(clip.sha256) for clip in clips)
+    bar.update(0)
 
 
 # ------------------------------------------------------------------------------------------ outputs

@@ -11,7 +11,7 @@ import torch
 import encodec_tokenizer
 from encodec_tokenizer import (
     MODELS,
-    Encoder,
+    GpuEncoder,
     load_model,
     make_encoder,
     parse_settings,
@@ -113,7 +113,7 @@ def test_every_kind_of_cpu_gives_the_same_codes(avx512, onednn, encoder, monkeyp
 def test_a_gpus_encoder_gives_the_same_codes(name, encoder, weights):
     """The encoder for GPUs is EnCodec's own on batches; here it runs on the CPU."""
     settings = settings_of(name, "--batch_size", 8)
-    on_gpu = Encoder(load_model(settings, weights(name))[0], settings)
+    on_gpu = GpuEncoder(load_model(settings, weights(name))[0], settings)
     chunks = chunks_of(name, 1.0, 3)
     assert reference.agreement(codes_of(encoder(name), chunks), codes_of(on_gpu, chunks)) >= 0.999
 
