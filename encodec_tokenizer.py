@@ -1734,7 +1734,7 @@ def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
 
 
 def update_progress(bar: tqdm, clips: list[Clip], started: float) -> None:
-    """Show on the bar how many clips are finished, and how fast audio is encoded since `started`."""
+    """Show how many clips are finished, and how fast audio has been encoded since `started`."""
     speed = sum(clip.encoded_s for clip in clips) / (time.monotonic() - started)
     failed = sum(bool(clip.error) for clip in clips)
     bar.set_postfix_str(f"{speed:.0f} s of audio/s, {failed} failed", refresh=False)
