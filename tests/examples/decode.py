@@ -65,6 +65,20 @@ def make_encoder(record: dict, weights: str) -> script.Encoder:
     return script.make_encoder(model, settings)
 
 
+def span_of(row: pd.Series, made: dict) -> tuple[float, float]:
+    """Where in its clip the sound of a row starts, and its length without padding, in seconds."""
+    start_s = row.get("start_sec", 0.0)
+    rest_s = row.get("duration_sec", math.inf) - start_s  # a generated row has no duration
+    return start_s, min(rest_s, made.get("target_duration", math.inf))
+
+
+def write_original(path: Path, audio: Path, start_s: float, length_s: float) -> None:
+    """Copy the part of a sound file that a row holds, at the file's own rate."""
+    samples, rate = soundfile.read(audio)
+    first, length = round(start_s * rate), round(length_s * rate)
+    soundfile.write(path, samples[first : first + length], rate)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokens", type=Path, help="tokenized_<stem>.csv or .parquet")
@@ -80,7 +94,6 @@ def main() -> None:
     record = json.loads(args.tokens.with_suffix(".json").read_text(encoding="utf-8"))
     encoder = make_encoder(record, args.weights or weights_of(record))
     made = record["settings"]
-    longest = made.get("target_duration", math.inf)  # of a row, in seconds
     args.out.mkdir(parents=True, exist_ok=True)
     for i, row in table.iterrows():
         fname, num_chunks = row["fname"], row["num_chunks"]
@@ -89,8 +102,7 @@ def main() -> None:
             continue
         samples, rate = script.decode(codes_of(row)[None], encoder)
         sound = samples[0]  # [C, T]
-        start_s = row.get("start_sec", 0.0)
-        length_s = min(row.get("duration_sec", math.inf) - start_s, longest)  # without padding
+        start_s, length_s = span_of(row, made)
         if length_s < math.inf:
             sound = sound[:, : round(length_s * rate)]
         if encoder.model.normalize:
@@ -98,13 +110,10 @@ def main() -> None:
         name = args.out / f"{i:03d}_{Path(fname).stem}"
         soundfile.write(f"{name}_decoded.wav", sound.T, rate)
         print(f"{name}_decoded.wav: {sound.shape[1] / rate:.2f} s")
-        original = args.audio_dir / fname if args.audio_dir else None
-        # A row of --aggregate medoid or latent does not say where its chunk starts.
+        # A row of latent or medoid does not say where in a clip of several chunks it starts.
         start_is_known = num_chunks == 1 or "start_sec" in row
-        if original and original.is_file() and start_is_known:
-            clip, clip_rate = soundfile.read(original)
-            first, length = round(start_s * clip_rate), round(length_s * clip_rate)
-            soundfile.write(f"{name}_original.wav", clip[first : first + length], clip_rate)
+        if args.audio_dir and (args.audio_dir / fname).is_file() and start_is_known:
+            write_original(f"{name}_original.wav", args.audio_dir / fname, start_s, length_s)
 
 
 if __name__ == "__main__":
