@@ -28,13 +28,13 @@ from encodec_tokenizer import Settings, decode, load_encoder, tokenize  # noqa: 
 
 @pytest.fixture
 def example(monkeypatch, capfd):
-    """Runs an example's command line in this process; returns what it printed."""
+    """Runs an example's command line in this process; returns what it printed, the log last."""
 
     def command(module, *args):
         monkeypatch.setattr("sys.argv", [module.__file__, *map(str, args)])
         capfd.readouterr()
         module.main()
-        return capfd.readouterr().out
+        return "".join(capfd.readouterr())
 
     return command
 
@@ -61,6 +61,7 @@ def test_a_sequence_model_learns_the_rows_of_whole_clips(run, example, tmp_path)
     out = example(sequence_model, path, *flags)
     first, last = map(float, re.search(r"loss of step 1 (.*), of step 20 (.*)", out).groups())
     assert f"ln(vocabulary) {math.log(8193):.2f}" in out
+    assert re.search(r"training: +100%.* loss \d", out) and "generating: 100%" in out
     assert abs(first - math.log(8193)) < 1 and last < first - 1
     heard = tmp_path / "heard"
     example(decode_rows, tmp_path / "out" / "generated.csv", heard)
