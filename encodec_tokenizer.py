@@ -1277,7 +1277,10 @@ def make_encoder(model: EncodecModel, settings: Settings) -> Encoder:
 
 
 def load_encoder(settings: Settings) -> Encoder:
-    """Find, load and set up the weights, for `tokenize`. Raises UserError: see find_weights."""
+    """Find, load and set up the weights, for `tokenize` and `decode`.
+
+    Raises UserError: see find_weights.
+    """
     settings = resolve_device(settings)
     model, weights = load_model(settings, find_weights(settings))
     if weights == UNTRAINED:

@@ -257,9 +257,11 @@ def test_a_mean_of_several_chunks_is_skipped(run, example, tmp_path):
     skipped = "steps.wav skipped: this row averages 2 chunks and cannot be decoded"
     assert skipped in example(decode_rows, path, folder)
     assert list(wavs(folder)) == ["000_click_decoded.wav"]  # originals are optional
+    table.iloc[[0, 8]].assign(fname=["007", "008"]).to_csv(path, index=False)  # names, no numbers
+    assert f"{folder / '000_007'}_decoded.wav: 0.30 s" in example(decode_rows, path, folder)
     record = path.with_suffix(".json")
     record.write_text(record.read_text().replace('"mean"', '"max"'))
-    assert skipped in example(decode_rows, path, folder)
+    assert "008 skipped: " in example(decode_rows, path, folder)
 
 
 def test_other_weights_than_the_tokens_are_refused(run, example, tmp_path, weights):

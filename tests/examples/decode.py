@@ -66,13 +66,25 @@ def make_encoder(record: dict, weights: str) -> script.Encoder:
 
 
 def span_of(row: pd.Series, made: dict) -> tuple[float, float]:
-    """Where in its clip the sound of a row starts, and its length without padding, in seconds."""
+    """In seconds: where in its clip the sound of a row starts, and its length without padding."""
     start_s = row.get("start_sec", 0.0)
     rest_s = row.get("duration_sec", math.inf) - start_s  # a generated row has no duration
     return start_s, min(rest_s, made.get("target_duration", math.inf))
 
 
-def write_original(path: Path, audio: Path, start_s: float, length_s: float) -> None:
+def decode_row(row: pd.Series, made: dict, encoder: script.Encoder) -> tuple[np.ndarray, int]:
+    """Decode a row to samples [C, T] without its padding, as a WAV file can hold them."""
+    samples, rate = script.decode(codes_of(row)[None], encoder)
+    sound = samples[0]
+    _, length_s = span_of(row, made)
+    if length_s < math.inf:
+        sound = sound[:, : round(length_s * rate)]
+    if encoder.model.normalize:
+        sound = sound / max(1, abs(sound).max())  # a WAV file holds -1 to 1
+    return sound, rate
+
+
+def write_original(path: str, audio: Path, start_s: float, length_s: float) -> None:
     """Copy the part of a sound file that a row holds, at the file's own rate."""
     samples, rate = soundfile.read(audio)
     first, length = round(start_s * rate), round(length_s * rate)
@@ -90,7 +102,9 @@ def main() -> None:
     if args.tokens.suffix == ".parquet":
         table = pd.read_parquet(args.tokens).head(args.rows)
     else:
-        table = pd.read_csv(args.tokens, keep_default_na=False, nrows=args.rows)
+        table = pd.read_csv(
+            args.tokens, keep_default_na=False, nrows=args.rows, dtype={"fname": str}
+        )
     record = json.loads(args.tokens.with_suffix(".json").read_text(encoding="utf-8"))
     encoder = make_encoder(record, args.weights or weights_of(record))
     made = record["settings"]
@@ -100,20 +114,15 @@ def main() -> None:
         if num_chunks > 1 and made["aggregate"] not in script.DECODABLE:
             print(f"{fname} skipped: this row averages {num_chunks} chunks and cannot be decoded")
             continue
-        samples, rate = script.decode(codes_of(row)[None], encoder)
-        sound = samples[0]  # [C, T]
-        start_s, length_s = span_of(row, made)
-        if length_s < math.inf:
-            sound = sound[:, : round(length_s * rate)]
-        if encoder.model.normalize:
-            sound = sound / max(1, abs(sound).max())  # a WAV file holds -1 to 1
+        sound, rate = decode_row(row, made, encoder)
         name = args.out / f"{i:03d}_{Path(fname).stem}"
         soundfile.write(f"{name}_decoded.wav", sound.T, rate)
         print(f"{name}_decoded.wav: {sound.shape[1] / rate:.2f} s")
         # A row of latent or medoid does not say where in a clip of several chunks it starts.
         start_is_known = num_chunks == 1 or "start_sec" in row
         if args.audio_dir and (args.audio_dir / fname).is_file() and start_is_known:
-            write_original(f"{name}_original.wav", args.audio_dir / fname, start_s, length_s)
+            span = span_of(row, made)
+            write_original(f"{name}_original.wav", args.audio_dir / fname, *span)
 
 
 if __name__ == "__main__":
