@@ -91,6 +91,7 @@ AGGREGATES: dict[str, Callable[[Kept], np.ndarray]] = {  # the rows [R, K, F] of
     "medoid": lambda kept: kept.codes[[kept.medoid]],  # the chunk nearest to that mean
     "none": lambda kept: kept.codes,  # a row for each chunk
 }
+DECODABLE = {"latent", "medoid", "none"}  # aggregates that keep real codes, which `decode` accepts
 NUM_CODES = 1024  # entries of a codebook
 UNTRAINED = "untrained (seed 0)"
 UNTRAINED_WARNING = "These tokens are for testing only and have no meaning."
@@ -691,7 +692,7 @@ def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.
                 raise BadClip("no header that says how to read the file: it may hold text")
             check_header(audio, max_duration_s)
             digest = sha256_of(path)  # before decoding: it raises the disk's I/O errors
-            return decode(audio, channels, max_duration_s), audio.samplerate, digest
+            return read_samples(audio, channels, max_duration_s), audio.samplerate, digest
     except UnicodeEncodeError as error:
         raise BadClip("the name is not UTF-8: rename the file") from error
     except sf.LibsndfileError as error:
@@ -727,7 +728,7 @@ def check_header(audio: sf.SoundFile, max_duration_s: float) -> None:
             )
 
 
-def decode(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.Tensor:
+def read_samples(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.Tensor:
     """Read the promised samples of an open file, and none behind them: [channels, T].
 
     It reads in pieces, so that no wrong header reserves memory.
@@ -1418,7 +1419,10 @@ def make_encoder(model: EncodecModel, settings: Settings) -> Encoder:
 
 
 def load_encoder(settings: Settings) -> Encoder:
-    """Find, load and set up the weights, for `tokenize`. Raises UserError: see find_weights."""
+    """Find, load and set up the weights, for `tokenize` and `decode`.
+
+    Raises UserError: see find_weights.
+    """
     settings = resolve_device(settings)
     model, weights = load_model(settings, find_weights(settings))
     if weights == UNTRAINED:
@@ -1449,6 +1453,50 @@ def tokenize(sound: object, encoder: Encoder, rate: int | None = None) -> object
         codes_of_one = [next(encoded)[0] for _ in parts]
         codes.append(np.stack(codes_of_one).astype(np.int64))
     return codes if isinstance(sound, (list, tuple)) else codes[0]
+
+
+def decode(codes: np.ndarray, encoder: Encoder) -> tuple[np.ndarray, int]:
+    """Decode codes [N, K, F], as from tokenize, to samples [N, C, T] and their sample rate in Hz.
+
+    Each chunk is decoded on its own, to whole frames of 320 samples. The chunks of a long clip are
+    not joined: they overlap, and the codes do not say where the last one starts. To hear a clip in
+    one piece, use the codes of Settings(whole=True). The first few codebooks, codes[:, :k], are
+    enough for a coarser sound. A table's row is [K, F]: pass codes[None].
+
+    The 48 kHz model divides each segment of 1 s by its loudness, which the codes do not hold. So
+    all segments come out equally loud, with samples beyond -1 to 1: scale them before saving.
+
+    Raises ValueError: the codes are not of this model.
+    """
+    model, codes = encoder.model, np.asarray(codes)
+    most = model.quantizer.n_q
+    if codes.ndim != 3 or not codes.size or codes.shape[1] > most:
+        shape = f"[chunks, codebooks, frames] with at most {most} codebooks"
+        raise ValueError(f"codes of shape {codes.shape} are not {shape}")
+    if codes.dtype.kind not in "iu" or codes.min() < 0 or codes.max() >= NUM_CODES:
+        raise ValueError(f"codes must be integers from 0 to {NUM_CODES - 1}")
+    device = encoder.settings.device
+    model.decoder.to(device)  # the encoder and the codebooks are there already
+    samples = []
+    with torch.inference_mode():
+        for chunk in torch.from_numpy(codes.astype(np.int64)).to(device):
+            segments = [(part[None], None) for part in split_segments(chunk, model)]
+            samples.append(model.decode(segments)[0].cpu().numpy())
+    return np.stack(samples), model.sample_rate
+
+
+def split_segments(codes: torch.Tensor, model: EncodecModel) -> list[torch.Tensor]:
+    """Split the codes [K, F] of a chunk into those of the segments that EncodecModel.encode cut."""
+    if model.segment_length is None:  # 24 kHz: one segment
+        return [codes]
+    *segments, last = codes.split(150, dim=1)  # the frames of a segment of 1 s
+    if last.shape[1] == 150:
+        # The last segment is always shorter: these are one of 149 frames and a last one of 1.
+        return [*segments, last[:, :-1], last[:, -1:]]
+    if last.shape[1] == 1 and segments:
+        # EnCodec's overlap-add fails on this one, which the segment before covers.
+        return segments
+    return [*segments, last]
 
 
 def load_sound(sound: object, rate: int | None, settings: Settings) -> torch.Tensor:

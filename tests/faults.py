@@ -11,6 +11,7 @@ import errno
 import io
 import multiprocessing
 import os
+import pathlib
 import resource
 import signal
 import sys
@@ -77,6 +78,14 @@ def use_small_groups_and_ready_made_codes() -> None:
 # a run before it starts: `before` of `start`, by functions that are pickled by name
 
 
+def replace_function(module, name: str, function: Callable) -> None:
+    """Replace io.open, or a function of os, for pathlib too: that of Python 3.10 has copies."""
+    setattr(module, name, function)
+    copies = getattr(pathlib, "_normal_accessor", None)
+    if copies:
+        setattr(copies, name, function)
+
+
 class StepByStep:
     """An open file that calls `step` before each larger write, and leaves nothing in a buffer."""
 
@@ -125,8 +134,8 @@ def kill_at_step(number: int) -> None:
 
     # pathlib and shutil call these
     for name in ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir"):
-        setattr(os, name, after_a_step(getattr(os, name)))
-    io.open = open_in_steps  # Path.open and its like
+        replace_function(os, name, after_a_step(getattr(os, name)))
+    replace_function(io, "open", open_in_steps)  # Path.open and its like
 
 
 def signal_at_rename(number: int) -> None:
@@ -195,7 +204,7 @@ def fail_to_read(end: str, number: int) -> None:
         bad.read = fail
         return bad
 
-    io.open = open_bad
+    replace_function(io, "open", open_bad)
 
 
 def refuse_to_change(end: str) -> None:
@@ -209,11 +218,12 @@ def refuse_to_change(end: str) -> None:
 
         return call
 
-    os.unlink, os.replace = unless_it_ends_so(os.unlink), unless_it_ends_so(os.replace)
+    for name in ("unlink", "replace"):
+        replace_function(os, name, unless_it_ends_so(getattr(os, name)))
 
 
 def no_memory(error: Exception) -> None:
-    script.decode = mock.Mock(side_effect=error)
+    script.read_samples = mock.Mock(side_effect=error)
 
 
 # ------------------------------------------------------------------------------------ the processes

@@ -1,6 +1,6 @@
 """Train a small GPT on the tokens of whole clips, one sequence per clip.
 
-    pip install numpy pandas pyarrow torch
+    pip install numpy pandas pyarrow torch tqdm
     python encodec_tokenizer.py --dataset curated --whole --parquet
     python tests/examples/sequence_model.py work/tokenized/tokenized_train_curated.parquet
     python tests/examples/decode.py work/tokenized/generated.csv heard
@@ -8,10 +8,10 @@
 Each codebook gets ids of its own: code c of codebook k is id 1024 * k + c. The frames of a clip are
 interleaved: all codebooks of frame 0, then of frame 1, and so on. An end id closes each clip. The
 clips follow each other in one stream, which is cut into blocks of one length, without padding.
-The program prints the loss of the first and of the last step beside ln(vocabulary), which is the
-loss of a model that finds every id equally likely. It is the loss on the training clips. Then it
-writes a clip that the model makes up to generated.csv, which decode.py turns into sound. After a
-few steps that is noise: such a small model shows the way, not the result.
+The program shows the loss while it trains, and then that of the first and of the last step beside
+ln(vocabulary), which is the loss of a model that finds every id equally likely. It is the loss on
+the training clips. Then it writes a clip that the model makes up to generated.csv, which decode.py
+turns into sound. After a few steps that is noise: such a small model shows the way, not the result.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 CODES = 1024  # entries of a codebook
 
@@ -85,7 +86,8 @@ def train(
     targets = ids[1 : count * length + 1].view(count, length)
     model, losses = GPT(vocabulary, length).to(device), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(steps):
+    bar = tqdm(range(steps), "training", unit="step")
+    for _ in bar:
         chosen = torch.randint(count, (batch,))
         logits = model(inputs[chosen].long().to(device))
         loss = F.cross_entropy(logits.flatten(0, 1), targets[chosen].long().flatten().to(device))
@@ -93,6 +95,7 @@ def train(
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        bar.set_postfix_str(f"loss {losses[-1]:.2f}", refresh=False)
     return model.eval(), losses
 
 
@@ -100,7 +103,7 @@ def train(
 def generate(model: GPT, codebooks: int, frames: int) -> np.ndarray:
     """Draw the codes [K, F] of a clip, id by id; at each place only codes of its codebook."""
     ids = torch.tensor([[CODES * codebooks]], device=model.mask.device)  # the end of another clip
-    for place in range(frames * codebooks):
+    for place in tqdm(range(frames * codebooks), "generating", unit="id"):
         first = CODES * (place % codebooks)
         logits = model(ids[:, -len(model.mask) :])[0, -1, first : first + CODES]
         drawn = first + torch.multinomial(logits.softmax(dim=0), 1)
@@ -134,9 +137,8 @@ def main() -> None:
     model, losses = train(stream, vocabulary, args.steps, args.length, args.batch)
     print(f"ln(vocabulary) {math.log(vocabulary):.2f}")
     print(f"loss of step 1 {losses[0]:.2f}, of step {len(losses)} {losses[-1]:.2f}")
-    print(
-        f"generated: {write_generated(generate(model, len(clips[0]), args.frames), args.parquet)}"
-    )
+    codes = generate(model, len(clips[0]), args.frames)
+    print(f"generated: {write_generated(codes, args.parquet)}")
 
 
 if __name__ == "__main__":
