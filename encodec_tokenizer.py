@@ -658,7 +658,10 @@ def read_lines(csv_path: Path) -> list[str]:
         for kind, beginnings in OTHER_FILES.items():
             if start.startswith(beginnings):
                 raise UserError(f"{csv_path} is {kind}: save it as a CSV file in UTF-8")
-        text = data.decode().replace("\ufeff", "")  # byte-order marks
+        if b"\0" in start[:2]:
+            raise UserError(f"{csv_path} is in UTF-16, or not text: save it as a CSV file in UTF-8")
+        # Excel and PowerShell may each have put a byte-order mark before their text.
+        text = re.sub(r"\A\ufeff*(sep=.\r?\n)?\ufeff*", r"\1", data.decode())
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         where = f"{csv_path}, line {line}"
@@ -671,20 +674,26 @@ def read_lines(csv_path: Path) -> list[str]:
 def find_header(lines: list[str], settings: Settings) -> tuple[int, str]:
     """Return the number of the header's line, and the separator of its cells.
 
-    The header is the first line with a column of names. Blank lines, comments and Excel's "sep=;"
-    may come before it. Where no column of names is found, the most frequent separator counts.
+    Blank lines, comments and Excel's "sep=;" may come before it. It is a comment itself if only a
+    comment has a column of names. Its most frequent separator counts if there is no such column.
     """
     wanted = set(NAME_COLUMNS)
     if settings.fname_column:
         wanted = {settings.fname_column.lower()}
+    commented = None
     for number, line in enumerate(lines):
+        fits = []
         for separator in SEPARATORS:
             cells = {cell.strip('# "\r\n').lower() for cell in line.split(separator)}
             if cells & wanted:
-                return number, separator
-        if line.strip() and not line.startswith(("#", "sep=")):
-            return number, max(SEPARATORS, key=line.count)
-    return 0, ","
+                fits.append(separator)
+        if line.startswith("#"):
+            commented = (number, fits[0]) if fits else commented
+        elif fits:
+            return number, fits[0]
+        elif line.strip() and not line.startswith("sep="):
+            return commented or (number, max(SEPARATORS, key=line.count))
+    return commented or (0, ",")
 
 
 def parse_rows(lines: list[str], separator: str, **options: object) -> list[tuple[int, list[str]]]:
@@ -1494,7 +1503,7 @@ def load_sound(sound: object, rate: object, settings: Settings) -> torch.Tensor:
     """Read or check a sound, and resample it: [C, T]. See tokenize for arguments and errors."""
     channels = MODELS[settings.model].channels
     if isinstance(sound, (str, os.PathLike)):
-        path = Path(os.path.expanduser(sound))
+        path = Path(os.path.expanduser(os.fsdecode(sound)))
         look_at(path)
         samples, rate, _ = read_audio(path, channels, settings)
         return resample(samples, rate, settings)
@@ -1502,9 +1511,11 @@ def load_sound(sound: object, rate: object, settings: Settings) -> torch.Tensor:
         kind = type(sound).__name__
         article = "an" if kind[0] in "aeiouAEIOU" else "a"
         name = "None" if sound is None else f"{article} {kind}"
-        raise ValueError(f"{name} is no sound: give a path, or an array or tensor of samples")
-    rate_hz = check_rate(rate)
+        raise ValueError(
+            f"{name} is no sound: give a path, or samples as a NumPy array or a tensor"
+        )
     samples = convert_samples(sound)
+    rate_hz = check_rate(rate)
     if samples.ndim not in (1, 2) or (samples.ndim == 2 and len(samples) > samples.shape[1]):
         raise ValueError(f"samples of shape {tuple(samples.shape)} are neither [T] nor [C, T]")
     samples = torch.atleast_2d(samples)

@@ -163,6 +163,7 @@ OURS = ["chunk", "num_chunks", "start_sec", "token_7", "tokens"]  # columns of t
         (b'{"file_name": "a.wav", "label": "x"}\n', "is a JSON file"),
         ("\ufeff \n[\n{}]".encode(), "is a JSON file"),
         ("fname,labels\na.wav,x\n".encode("utf-16"), "is in UTF-16"),
+        ("fname,labels\na.wav,x\n".encode("utf-16-le"), "is in UTF-16, or not text"),
         (b"\n<!DOCTYPE html>\n", "is a web page or an XML file"),
     ],
 )
@@ -195,14 +196,14 @@ TABLES = {  # all list ROWS
     "marks twice": '\ufeff\ufefffname,labels\na.wav,Bark\nb.wav,"Walk,Slam"\n',
     "a mark before and behind Excel's line": "\ufeffsep=,\n\ufefffname,labels\n"
     'a.wav,Bark\nb.wav,"Walk,Slam"\n',
-    "comments": '# of 2026, cut\n\n#\nfname,labels\na.wav,Bark\n# left out\nb.wav,"Walk,Slam"\n',
+    "comments": '# cut\n\n#fname, text\nfname,labels\na.wav,Bark\n# left out\nb.wav,"Walk,Slam"\n',
     "a header that is a comment": '# fname,labels\na.wav,Bark\nb.wav,"Walk,Slam"\n',
     "a column called #": '#,fname,labels\n1,a.wav,Bark\n2,b.wav,"Walk,Slam"\n',
     "R's tabs": '"fname"\t"labels"\t"s"\n"a.wav"\t"Bark"\t0.5\n"b.wav"\t"Walk,Slam"\t1\n',
     "R's row names": '"fname" "labels"\n"1" "a.wav" "Bark"\n"3" "b.wav" "Walk,Slam"\n'.replace(
         " ", "\t"
     ),
-    "R's row names and commas": '"fname","labels"\n"1","a.wav","Bark"\n"2","b.wav","Walk,Slam"\n',
+    "R's row names, commas": '"fname","labels"\n"1","a.wav","Bark"\n"2","b.wav","Walk,Slam"\n',
     "Excel's tabs": 'fname\tlabels\tt\r\na.wav\tBark\t"12"" drum"\r\nb.wav\t"Walk,Slam"\t\r\n',
     "Excel's lines in a cell": 'fname\tlabel\tt\na.wav\tBark\t"x\ny"\nb.wav\tWalk,Slam\t\n',
     "a tab in a quoted cell": 'fname\tlabel\tt\na.wav\tBark\t"x\ty"\nb.wav\tWalk,Slam\t\n',

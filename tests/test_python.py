@@ -116,6 +116,8 @@ NO_RATE = "samples need their sample rate in Hz, 100 to 1,000,000"
         ([0.1, 0.2], 8_000, ValueError, "sound 0: a float is no sound"),
         (np.full(900, 50, dtype=np.int16), 8_000, BadClip, "int16 samples: give floats"),
         (torch.full([900], 50), 8_000, BadClip, "int64 samples: give floats"),
+        (np.array("a.wav"), None, BadClip, "<U5 samples: give floats"),
+        (pd.DataFrame({"path": ["a.wav"]}), None, BadClip, "object samples: give floats"),
         (np.full(900, 1j), 8_000, BadClip, "complex128 samples"),
         (np.full(900, 3000.0), 8_000, BadClip, "samples up to 3000"),
         (np.full(900, np.nan), 8_000, BadClip, "NaN or infinite samples"),
