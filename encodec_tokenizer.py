@@ -101,7 +101,7 @@ KEPT_FORMAT = 1  # raise it when codes change: then all clips are encoded anew
 
 
 def environment_number(name: str, default: int) -> int:
-    """Read a number that torchrun sets for its processes; -1 stands for anything else."""
+    """Read a number that torchrun sets for its processes; -1 if it is not a number."""
     text = os.environ.get(name) or str(default)
     return int(text) if text.isdecimal() else -1
 
@@ -147,8 +147,12 @@ class Settings:
     dataset: Annotated[str, "clips to tokenize; sample: twelve bundled ones"] = "curated"
     metadata: Annotated[Path | None, "CSV to read instead of --dataset"] = None
     audio_dir: Annotated[Path | None, "folder of --metadata's files; alone: all files in it"] = None
-    fname_column: Annotated[str | None, "column of the file names (default: usual names)"] = None
-    label_column: Annotated[str | None, "column of the labels (default: usual names)"] = None
+    fname_column: Annotated[
+        str | None, "column of file names (default: fname, filename or file_name)"
+    ] = None
+    label_column: Annotated[str | None, "column of labels (default: labels, label or category)"] = (
+        None
+    )
     input_dir: Annotated[Path, "folder of FSDKaggle2019, as unpacked"] = Path("input")
     output_dir: Annotated[Path, "folder to save the outputs in"] = Path("work/tokenized")
     model: Annotated[str, "24 kHz mono or 48 kHz stereo"] = "encodec_24khz"
@@ -451,7 +455,7 @@ class Dataset:
 
 def find_datasets(settings: Settings) -> list[Dataset]:
     """Find the datasets that the command names, and their clips' files. Raises UserError."""
-    if settings.audio_dir and settings.audio_dir.is_file():
+    if settings.audio_dir and os.path.isfile(settings.audio_dir):
         raise UserError(f"--audio_dir {settings.audio_dir} is a file: name the folder it lies in")
     if settings.metadata:
         clips = read_clips(settings.metadata, settings)
@@ -465,10 +469,10 @@ def find_datasets(settings: Settings) -> list[Dataset]:
     else:
         datasets = [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
     for dataset in datasets:
-        for path in (dataset.audio_dir, settings.output_dir, Path(dataset.stem)):
-            name = str(path.resolve())
+        for path in (dataset.audio_dir, settings.output_dir, settings.metadata):
+            name = os.path.realpath(path or dataset.audio_dir)
             if name != printable(name):  # the outputs hold it as text
-                raise UserError(f"{printable(name)}: this name is not UTF-8: rename the folder")
+                raise UserError(f"{printable(name)}: this name is not UTF-8: rename it")
         names = {}
         for clip in dataset.clips:
             if not clip.error:
@@ -535,7 +539,8 @@ def list_folder(settings: Settings) -> Dataset:
     if not folder.is_dir():
         raise UserError(f"--audio_dir {folder}: there is no such folder")
     kinds = ("tokenized_", "summary_", "failed_", "codes_")  # outputs may lie in the same folder
-    outputs = tuple(str(settings.output_dir.resolve() / kind) for kind in kinds)
+    output_dir = os.path.realpath(settings.output_dir)
+    outputs = tuple(os.path.join(output_dir, kind) for kind in kinds)
     absolute = folder.resolve()
     clips, left_out = [], []
     for name in list_files(folder):
@@ -1048,7 +1053,7 @@ def find_weights(settings: Settings) -> Path | None:
 
     Raises UserError: there is no such file, the download fails, or the SHA-256 is another one.
     """
-    spec, path = MODELS[settings.model], Path(settings.weights).expanduser()
+    spec, path = MODELS[settings.model], Path(settings.weights)
     if settings.weights == "untrained":
         return None
     if settings.weights == "pretrained":

@@ -356,16 +356,17 @@ def test_a_file_that_is_not_utf_8_can_be_read(tmp_path):
     assert read_audio(path, 1, Settings())[0].shape == (1, 800)
 
 
-@pytest.mark.parametrize("flag", ["--audio_dir", "--output_dir"])
-def test_a_folder_that_is_not_utf_8_is_refused_first(flag, tmp_path, run):
+@pytest.mark.parametrize("name", ["audio_dir", "output_dir", "metadata"])
+def test_a_path_that_is_not_utf_8_is_refused_first(name, tmp_path):
     folder = tmp_path / os.fsdecode(b"pets\xff")
     write_wav(folder / "a.wav")
     write_wav(tmp_path / "pets" / "a.wav")
-    status, _, err = run(
-        "--audio_dir", tmp_path / "pets" if flag == "--output_dir" else folder, flag, folder
-    )
-    assert status == 2 and "pets\\xff: this name is not UTF-8: rename the folder" in err
-    assert "UNTRAINED" not in err and os.listdir(folder) == ["a.wav"]
+    (folder / "clips.csv").write_text("fname\na.wav\n")
+    paths = {"audio_dir": tmp_path / "pets", "output_dir": tmp_path / "out", name: folder}
+    if name == "metadata":
+        paths[name] /= "clips.csv"
+    with pytest.raises(UserError, match=r"pets\\xff.*: this name is not UTF-8: rename it"):
+        find_datasets(Settings(**paths))
 
 
 def test_outputs_below_the_audio_folder_are_not_counted(tmp_path, run):
