@@ -213,7 +213,7 @@ def refuse_to_change(end: str) -> None:
 
 
 def no_memory(error: Exception) -> None:
-    script.decode = mock.Mock(side_effect=error)
+    script.read_samples = mock.Mock(side_effect=error)
 
 
 # ------------------------------------------------------------------------------------ the processes
