@@ -24,6 +24,7 @@ how it resumes, and how several processes share the work without talking to each
 from __future__ import annotations
 
 import argparse
+import codecs
 import csv
 import errno
 import hashlib
@@ -46,10 +47,11 @@ import uuid
 import warnings
 import zipfile
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
@@ -100,7 +102,7 @@ KEPT_FORMAT = 1  # raise it when codes change: then all clips are encoded anew
 
 
 def environment_number(name: str, default: int) -> int:
-    """Read a number that torchrun sets for its processes; -1 stands for anything else."""
+    """Read a number that torchrun sets for its processes; -1 if it is not a number."""
     text = os.environ.get(name) or str(default)
     return int(text) if text.isdecimal() else -1
 
@@ -136,12 +138,18 @@ class Interrupted(BaseException):
 class Settings:
     """The command line: each field is a flag, with its type, its help, and its default.
 
-    Raises UserError: see find_mistakes.
+    Raises UserError: a value is wrong.
     """
 
     dataset: Annotated[str, "clips to tokenize; sample: twelve bundled ones"] = "curated"
     metadata: Annotated[Path | None, "CSV to read instead of --dataset"] = None
     audio_dir: Annotated[Path | None, "folder of --metadata's files; alone: all files in it"] = None
+    fname_column: Annotated[
+        str | None, "column of file names (default: fname, filename or file_name)"
+    ] = None
+    label_column: Annotated[str | None, "column of labels (default: labels, label or category)"] = (
+        None
+    )
     input_dir: Annotated[Path, "folder of FSDKaggle2019, as unpacked"] = Path("input")
     output_dir: Annotated[Path, "folder to save the outputs in"] = Path("work/tokenized")
     model: Annotated[str, "24 kHz mono or 48 kHz stereo"] = "encodec_24khz"
@@ -156,20 +164,20 @@ class Settings:
         int | None, "chunks (48 kHz: seconds) per batch (default: 4; GPU: 32)"
     ] = None
     workers: Annotated[int | None, "groups of clips at work (default: a core's eighth)"] = None
+    # Another limit on a clip's length needs a field here, its range below, and check_duration.
     max_duration: Annotated[float, "maximum length of a clip in seconds; longer ones fail"] = 600.0
     max_samples: Annotated[int | None, "number of clips, from the first (default: all)"] = None
     plot: Annotated[str | None, "picture of the tokens: PNG, PDF or SVG (matplotlib)"] = None
     parquet: Annotated[bool, "Parquet file besides the CSV, tokens in a list (pyarrow)"] = False
-    overwrite: Annotated[bool, "replacement of a CSV that was made with other settings"] = False
+    overwrite: Annotated[bool, "replace a CSV made with other settings"] = False
     debug: Annotated[bool, "a line for every clip, and tracebacks"] = False
 
     def __post_init__(self) -> None:
-        for name, (kind, _) in describe_settings().items():
+        for name in describe_settings():
             value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, kind(value))  # 6 and 6.0 are one bandwidth
-        for mistake in find_mistakes(self):
-            raise UserError(mistake)
+            if value is not None or getattr(Settings, name) is not None:
+                object.__setattr__(self, name, convert_setting(name, value))
+        check_settings(self)
 
 
 CHOICES = {"dataset": STEMS, "model": MODELS, "aggregate": AGGREGATES}
@@ -182,7 +190,7 @@ RANGES = {  # both ends are allowed
     "max_samples": (1, 10**9),
 }
 DECIDE_CODES = ("model", "bandwidth", "whole", "target_duration", "overlap")
-CHUNK_SETTINGS = ("target_duration", "overlap", "aggregate")  # without a meaning for whole clips
+CHUNK_SETTINGS = ("target_duration", "overlap", "aggregate")  # not allowed with --whole
 
 
 @lru_cache
@@ -195,34 +203,61 @@ def describe_settings() -> dict[str, tuple[type, str]]:
     return found
 
 
-def find_mistakes(settings: Settings) -> Iterator[str]:
-    """Yield what is wrong with the settings, in sentences."""
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    near = get_close_matches(word, words, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def convert_setting(name: str, value: object) -> object:
+    """Return a setting's value in its own type: 6 and 6.0 are one bandwidth. Raises UserError."""
+    kind, _ = describe_settings()[name]
+    try:
+        if isinstance(value, (str, os.PathLike)) and name != "plot" and not os.fspath(value):
+            raise UserError(f"--{name} is empty: is a shell variable unset?")
+        if kind is Path or name in ("weights", "plot"):  # the shell leaves ~ in --weights=~/x
+            value = os.path.expanduser(os.fspath(value))
+        is_cut = kind is int and isinstance(value, float) and not value.is_integer()
+        if is_cut or (kind is bool and value not in (True, False)):  # "false" would be true
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"--{name}: invalid {kind.__name__} value: {value!r}") from error
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise UserError for the first setting that is wrong, in a sentence."""
     for name, choices in CHOICES.items():
-        if getattr(settings, name) not in choices:
-            yield f"--{name}: choose from {', '.join(choices)}"
+        value = getattr(settings, name)
+        if value not in choices:
+            near = did_you_mean(value, choices)
+            raise UserError(f"--{name} {value}: choose from {', '.join(choices)}{near}")
     for name, (low, high) in RANGES.items():
         value = getattr(settings, name)
         if value is not None and not low <= value <= high:  # NaN is in no range
-            yield f"--{name}: {value} is out of range ({low} to {high:,})"
+            raise UserError(f"--{name}: {value} is out of range ({low} to {high:,})")
     offered = MODELS[settings.model].bandwidths_kbps
     if settings.bandwidth not in offered:
-        yield f"--bandwidth: {settings.model} offers {', '.join(map(str, offered))} kbps"
+        kbps = ", ".join(map(str, offered))
+        raise UserError(f"--bandwidth {settings.bandwidth:g}: {settings.model} offers {kbps} kbps")
     if settings.metadata and not settings.audio_dir:
-        yield "--metadata needs --audio_dir, the folder of its files"
+        raise UserError("--metadata needs --audio_dir, the folder of its files")
+    for name in ("fname_column", "label_column"):
+        if getattr(settings, name) and settings.audio_dir and not settings.metadata:
+            raise UserError(f"--{name} names a column of a table: give the table with --metadata")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.device):
-        yield "--device: choose from auto, cpu, cuda, cuda:N"
+        raise UserError(f"--device {settings.device}: choose from auto, cpu, cuda, cuda:N")
     for name in CHUNK_SETTINGS:
         if settings.whole and getattr(settings, name) != getattr(Settings, name):
-            yield f"--{name} has no meaning with --whole, which does not cut clips into chunks"
+            raise UserError(f"--{name} is not allowed with --whole, which cuts no chunks")
     if settings.plot and Path(settings.plot).suffix not in ("", ".png", ".pdf", ".svg"):
-        yield f"--plot {settings.plot}: the name must end in .png, .pdf or .svg"
+        raise UserError(f"--plot {settings.plot}: the name must end in .png, .pdf or .svg")
     if settings.plot is not None and not find_spec("matplotlib"):
-        yield "--plot needs matplotlib: pip install matplotlib"
+        raise UserError("--plot needs matplotlib: pip install matplotlib")
     if settings.parquet and not find_spec("pyarrow"):
-        yield "--parquet needs pyarrow: pip install pyarrow"
+        raise UserError("--parquet needs pyarrow: pip install pyarrow")
     if not 0 <= RANK < WORLD_SIZE:
-        given = [f"{name}={os.environ.get(name)}" for name in ("RANK", "WORLD_SIZE")]
-        yield f"{' and '.join(given)}: RANK counts from 0 to WORLD_SIZE - 1"
+        given = f"RANK={os.environ.get('RANK')} and WORLD_SIZE={os.environ.get('WORLD_SIZE')}"
+        raise UserError(f"{given}: RANK counts from 0 to WORLD_SIZE - 1")
 
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
@@ -239,19 +274,23 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     parser.error = lambda text: parser.exit(2, f"error: {text}\n--help lists all flags.\n")
     parser.add_argument("--version", action="version", version=__version__)
     for name, (kind, text) in describe_settings().items():
-        options = {"type": kind, "metavar": kind.__name__.upper()}
+        options = {"metavar": kind.__name__.upper()}  # Settings converts and checks the values
         if kind is bool:
             options = {"action": "store_true"}
         elif name == "plot":
             options = {"nargs": "?", "const": "", "metavar": "FILE"}
         elif name in CHOICES:
-            options = {"choices": CHOICES[name]}
+            options = {"metavar": "{" + ",".join(CHOICES[name]) + "}"}
         if getattr(Settings, name):
             text += f" (default: {getattr(Settings, name)})"
         parser.add_argument(f"--{name}", help=text, **options)
         if "_" in name:  # hyphens are understood, too
             parser.add_argument("--" + name.replace("_", "-"), help=argparse.SUPPRESS, **options)
-    given = parser.parse_args(argv)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [f"--{name}" for name in describe_settings()]
+        near = did_you_mean(unknown[0].partition("=")[0], flags)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
     if "dataset" in given and "audio_dir" in given:
         parser.error("--dataset and --audio_dir each name a set of clips: give one of them")
     try:
@@ -362,10 +401,19 @@ def find_device(name: str) -> str:
 NAME_COLUMNS = ("fname", "filename", "file_name")
 LABEL_COLUMNS = ("labels", "label", "category")
 SEPARATORS = ",;\t|"
+OTHER_FILES = {  # that people take for a CSV, and how they begin
+    "a spreadsheet or a ZIP archive": (b"PK\3\4", b"\xd0\xcf\x11\xe0"),  # .xlsx, .ods; .xls
+    "compressed": (b"\x1f\x8b", b"BZh9", b"\xfd7zXZ", b"(\xb5/\xfd"),  # gzip, bzip2, xz, zstd
+    "a Parquet or Arrow file": (b"PAR1", b"ARROW1"),
+    "in UTF-16": (b"\xff\xfe", b"\xfe\xff"),
+    "a JSON file": (b"{", b"["),
+    "a web page or an XML file": (b"<",),
+}
+NOT_SOUND = ("MAT4", "MAT5", "RAW")  # formats of libsndfile: MATLAB's matrices, and any bytes
 # Endings of sound files: libsndfile's formats and their usual spellings, and what FFmpeg reads.
-ENDINGS = {f".{name.lower()}" for name in sf.available_formats()} - {".raw"}
+ENDINGS = {f".{name.lower()}" for name in sf.available_formats() if name not in NOT_SOUND}
 MORE_ENDINGS = """
-wave bwf aif aifc snd sph iff 8svx sf mat oga opus spx mp1 mp2 mpga m4a m4b mp4 aac ac3 amr 3gp ape
+wave bwf aif aifc snd sph iff 8svx sf oga opus spx mp1 mp2 mpga m4a m4b mp4 aac ac3 amr 3gp ape
 wv tta wma webm weba mka mpc dsf"""
 ENDINGS |= {f".{name}" for name in MORE_ENDINGS.split()}
 # The system reports these errors about a file that is itself at fault. All others (no memory, too
@@ -409,7 +457,7 @@ class Dataset:
         for file in list_files(self.audio_dir):
             stem, ending = os.path.splitext(file)
             for spelling in (file, stem) if ending.lower() in ENDINGS else (file,):
-                parts = comparable(spelling).split("/")
+                parts = normalized_name(spelling).split("/")
                 for i in range(len(parts)):
                     found["/".join(parts[i:])].add(file)
         return found
@@ -417,11 +465,13 @@ class Dataset:
 
 def find_datasets(settings: Settings) -> list[Dataset]:
     """Find the datasets that the command names, and their clips' files. Raises UserError."""
+    if settings.audio_dir and os.path.isfile(settings.audio_dir):
+        raise UserError(f"--audio_dir {settings.audio_dir} is a file: name the folder it lies in")
     if settings.metadata:
         clips = read_clips(settings.metadata, settings)
         datasets = [Dataset(settings.metadata.stem, settings.audio_dir, clips)]
     elif settings.audio_dir:
-        datasets = [list_folder(settings.audio_dir, settings.max_samples)]
+        datasets = [list_folder(settings)]
     elif settings.dataset == "sample":
         if not SAMPLE_DIR.is_dir():
             raise UserError(f"the sample comes with the repository: there is no {SAMPLE_DIR}")
@@ -429,9 +479,14 @@ def find_datasets(settings: Settings) -> list[Dataset]:
     else:
         datasets = [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
     for dataset in datasets:
+        for path in (dataset.audio_dir, settings.output_dir, settings.metadata):
+            name = os.path.realpath(path or dataset.audio_dir)
+            if name != printable(name):  # the outputs hold it as text
+                raise UserError(f"{printable(name)}: this name is not UTF-8: rename it")
         names = {}
         for clip in dataset.clips:
-            find_file(clip, dataset)
+            if not clip.error:
+                find_file(clip, dataset)
             clip.name = names.setdefault(clip.path, clip.name)  # two spellings of a name are one
     return datasets
 
@@ -454,12 +509,15 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
         kaggle_table: [stem, stem.replace("train_", "trn_")],
         f"{stem}_post_competition.csv": [f"FSDKaggle2019.audio_{stem}"],  # Zenodo, record 3612637
     }
-    found = []
+    candidates = []
     for table_name, folder_names in layouts.items():
-        folders = [path for name in folder_names for path in search(name) if path.is_dir()]
-        for table in search(table_name)[:1]:
-            found.append((not folders, table, folders or [settings.input_dir / folder_names[0]]))
-    if not found:
+        folders = []
+        for name in folder_names:
+            folders += [path for path in search(name) if path.is_dir()]
+        for table in search(table_name):
+            for folder in folders or [settings.input_dir / folder_names[0]]:
+                candidates.append((table, folder))
+    if not candidates:
         raise UserError(
             f"the dataset {stem} is not in {settings.input_dir.resolve()} or up to two folders "
             f"below it: there is no {' and no '.join(layouts)}.\n"
@@ -467,60 +525,85 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
             "competition freesound-audio-tagging-2019,\nand name the folder that holds it with "
             "--input_dir. To try the tool without it: --dataset sample"
         )
-    _, table, folders = min(found)  # one with an audio folder, if there is one
-    clips = read_clips(table, settings)
-
-    def num_clips_in(folder: Path) -> int:
-        return sum(os.path.exists(folder / clip.fname) for clip in clips[:100])
-
-    # Some copies nest a folder in one of the same name: take the one with the clips.
-    return Dataset(stem, max(folders, key=num_clips_in), clips)
+    # All competitions of Kaggle have a sample_submission.csv, and some copies nest a folder in one
+    # of the same name: take the table and the folder that go together.
+    table, folder = max(candidates, key=lambda pair: count_clips_there(*pair, settings))
+    return Dataset(stem, folder, read_clips(table, settings))
 
 
-def list_folder(folder: Path, max_samples: int | None) -> Dataset:
-    """Take every sound file below a folder, sorted by path, labelled by the folder it lies in."""
+def count_clips_there(table: Path, folder: Path, settings: Settings) -> int:
+    """Count how many of a table's first 100 clips are in a folder; -1 if that cannot be read."""
+    if not folder.is_dir():
+        return -1
+    try:
+        header, rows = read_table(table, settings)
+        name_column, _ = find_columns(table, header, settings)
+    except UserError:
+        return -1
+    return sum(os.path.exists(folder / row.get(name_column, "")) for row in rows[:100])
+
+
+def list_folder(settings: Settings) -> Dataset:
+    """Take every sound file below --audio_dir, sorted by path, labelled by its own folder."""
+    folder = settings.audio_dir
     if not folder.is_dir():
         raise UserError(f"--audio_dir {folder}: there is no such folder")
-    clips, left_out, absolute = [], [], folder.resolve()
+    kinds = ("tokenized_", "summary_", "failed_", "codes_")  # outputs may lie in the same folder
+    output_dir = os.path.realpath(settings.output_dir)
+    outputs = tuple(os.path.join(output_dir, kind) for kind in kinds)
+    absolute = folder.resolve()
+    clips, left_out = [], []
     for name in list_files(folder):
-        if os.path.splitext(name)[1].lower() in ENDINGS:
-            clips.append(Clip(name, labels=(absolute / name).parent.name))
-        else:
-            left_out.append(os.path.splitext(name)[1] or "no ending")
+        path = absolute / name
+        if path.suffix.lower() in ENDINGS:
+            clip = Clip(printable(name), labels=printable(path.parent.name))
+            if clip.fname != name:
+                clip.error = "the name is not UTF-8: rename the file or its folder"
+            clips.append(clip)
+        elif not str(path).startswith(outputs):
+            left_out.append(path.suffix or "no ending")
     if left_out:
         endings = ", ".join(sorted(set(left_out))[:20])
         say(f"note: left out {counted(len(left_out), 'file')} not known as sound: {endings}")
     if not clips:
         raise UserError(f"--audio_dir {folder}: there are no sound files below it")
-    return Dataset(absolute.name, folder, clips[:max_samples])
+    return Dataset(absolute.name, folder, clips[: settings.max_samples])
+
+
+def printable(name: str) -> str:
+    """Return a file's name as a text in UTF-8 can hold it: other bytes become \\xff."""
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def list_files(folder: Path) -> list[str]:
-    """List the files below a folder by their relative paths, sorted; hidden ones are passed over.
+    """List the files below a folder by their relative paths, sorted; hidden files are skipped.
 
-    Linked folders are followed. Each folder is listed once, for links may lead in circles. Bytes
-    of a name that are not UTF-8 are replaced; such a file is not found then, and fails.
+    Linked folders are followed, unless they hold the link.
     """
 
     def report(error: OSError) -> None:
         if fault_of_file(error, folder) != NO_FILE:
             say(f"note: the folder {error.filename} is left out: {error.strerror}")
 
-    found, seen = [], set()
+    found = []
+    lineages = {}  # of each folder: the device and inode of it, and of all folders above it
     for where, folders, names in os.walk(folder, followlinks=True, onerror=report):
-        if os.path.realpath(where) in seen:
-            folders.clear()
+        status = os.stat(where)
+        identity = (status.st_dev, status.st_ino)
+        above = lineages.get(os.path.dirname(where), [])
+        if identity in above:
+            folders.clear()  # else os.walk would go round in a circle
             continue
-        seen.add(os.path.realpath(where))
+        lineages[where] = [*above, identity]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             if not name.startswith("."):
-                path = os.path.relpath(os.path.join(where, name), folder).replace(os.sep, "/")
-                found.append(os.fsencode(path).decode(errors="replace"))
+                path = os.path.relpath(os.path.join(where, name), folder)
+                found.append(path.replace(os.sep, "/"))
     return sorted(found, key=lambda path: path.split("/"))
 
 
-def comparable(name: str) -> str:
+def normalized_name(name: str) -> str:
     """Return a name in the form in which case, kind of Unicode, and slashes make no difference."""
     name = os.path.normpath(name.strip().replace("\\", "/")).replace(os.sep, "/")
     return unicodedata.normalize("NFC", name).casefold()
@@ -536,7 +619,7 @@ def find_file(clip: Clip, dataset: Dataset) -> None:
         clip.name = name_below(dataset.audio_dir, clip.fname)
         clip.path = dataset.audio_dir / clip.name
         if not os.path.isfile(clip.path):
-            key = comparable(clip.name)
+            key = normalized_name(clip.name)
             fitting = dataset.index.get(key, {clip.name})
             fitting = {file for file in fitting if file.count("/") == key.count("/")} or fitting
             if len(fitting) > 1:
@@ -582,73 +665,157 @@ def look_at(path: Path) -> Stamp:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def find_separator(text: str) -> str:
-    """Return the separator by which the header has a column of names, or the most frequent."""
-    header = text.lstrip("\r\n ").partition("\n")[0]
-    for separator in SEPARATORS:
-        cells = {cell.strip(' "\r').lower() for cell in header.split(separator)}
-        if cells & set(NAME_COLUMNS):
-            return separator
-    return max(SEPARATORS, key=header.count)
-
-
-def read_table(csv_path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Read the header of a table and its rows, by column. Raises UserError: it cannot be read."""
-    line, rows = 1, []  # the line in which a row begins
+def read_lines(csv_path: Path) -> list[str]:
+    """Read the lines of a text in UTF-8. Raises UserError: it is another kind of file."""
     try:
         data = csv_path.read_bytes()
-        text = re.sub(r"\Asep=.\r?\n", "\n", data.decode("utf-8-sig"))  # Excel's first line
-        separator = find_separator(text)
-        # A space before a quote would make the quote a part of the cell.
-        text = re.sub(re.escape(separator) + ' +"(?!")', separator + '"', text)
-        # Tables separated by tabs are commonly not quoted: two stray quotes would swallow rows.
-        quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-        csv.field_size_limit(2**31 - 1)
-        lines = io.StringIO(text, newline="")
-        reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
-        for cells in reader:
-            if any(cell.strip() for cell in cells):
-                if rows and any(cell.strip() for cell in cells[len(rows[0]) :]):
-                    raise csv.Error(
-                        f"{len(cells)} cells, and {len(rows[0])} in the header; a cell with "
-                        f"{separator!r} in it needs quotes"
-                    )
-                rows.append(cells)
-            line = reader.line_num + 1
+        start = data[:1000].lstrip(codecs.BOM_UTF8 + b"\r\n ")
+        for kind, beginnings in OTHER_FILES.items():
+            if start.startswith(beginnings):
+                raise UserError(f"{csv_path} is {kind}: save it as a CSV file in UTF-8")
+        if b"\0" in start[:2]:
+            raise UserError(f"{csv_path} is in UTF-16, or not text: save it as a CSV file in UTF-8")
+        # Excel and PowerShell may each have put a byte-order mark before their text.
+        text = re.sub(r"\A\ufeff*(sep=.\r?\n)?\ufeff*", r"\1", data.decode())
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{csv_path}, line {line}: not UTF-8. Save it as UTF-8.") from error
-    except csv.Error as error:
-        reason = str(error).replace("unexpected end of data", "a quote is never closed")
-        raise UserError(f"{csv_path}, line {line}: {reason}") from error
+        where = f"{csv_path}, line {line}"
+        raise UserError(f"{where}: not UTF-8. Save it as a CSV file in UTF-8") from error
     except OSError as error:
         raise UserError(f"{csv_path}: {error.strerror}") from error
+    return list(io.StringIO(text, newline=""))
+
+
+def find_header(lines: list[str], settings: Settings) -> tuple[int, str]:
+    """Return the number of the header's line, and the separator of its cells.
+
+    Blank lines, comments and Excel's "sep=;" may come before it. It is a comment itself if only a
+    comment has a column of names. Its most frequent separator counts if there is no such column.
+    """
+    wanted = set(NAME_COLUMNS)
+    if settings.fname_column:
+        wanted = {settings.fname_column.lower()}
+    commented = None
+    for number, line in enumerate(lines):
+        fits = []
+        for separator in SEPARATORS:
+            cells = {cell.strip('# "\r\n').lower() for cell in line.split(separator)}
+            if cells & wanted:
+                fits.append(separator)
+        if line.startswith("#"):
+            commented = (number, fits[0]) if fits else commented
+        elif fits:
+            return number, fits[0]
+        elif line.strip() and not line.startswith("sep="):
+            return commented or (number, max(SEPARATORS, key=line.count))
+    return commented or (0, ",")
+
+
+def parse_rows(lines: list[str], separator: str, **options: object) -> list[tuple[int, list[str]]]:
+    """Return the rows of a table, each with the line in which it begins. Raises csv.Error."""
+    csv.field_size_limit(2**31 - 1)
+    # A space before a quote would make the quote a part of the cell. The csv module would skip all
+    # spaces, but names of files may begin with one.
+    lines = [re.sub(re.escape(separator) + ' +"(?!")', separator + '"', line) for line in lines]
+    reader = csv.reader(lines, delimiter=separator, strict=True, **options)
+    rows = []
+    line = 1
+    try:
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                rows.append((line, cells))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        reason = str(error).replace("unexpected end of data", "a quote is never closed")
+        raise csv.Error(f"line {line}: {reason}") from error
+    return rows
+
+
+def parse_tabs(lines: list[str]) -> list[tuple[int, list[str]]]:
+    """Parse a table with tabs: Excel and R quote cells where needed, most other programs do not.
+
+    Where a quote is only a character, looking for quoted cells fails, or joins lines that are
+    regular rows by themselves.
+    """
+    unquoted = parse_rows(lines, "\t", quoting=csv.QUOTE_NONE)
+    try:
+        quoted = parse_rows(lines, "\t")
+    except csv.Error:
+        return unquoted
+    lengths = {len(cells) for _, cells in unquoted}
+    return unquoted if len(quoted) < len(unquoted) and len(lengths) == 1 else quoted
+
+
+def read_table(csv_path: Path, settings: Settings) -> tuple[list[str], list[dict[str, str]]]:
+    """Read the header of a table and its rows, by column. Raises UserError: it cannot be read."""
+    lines = read_lines(csv_path)
+    above, separator = find_header(lines, settings)
+    lines[:above] = ["\n"] * above  # still there for the numbers of lines in messages
+    try:
+        rows = parse_tabs(lines) if separator == "\t" else parse_rows(lines, separator)
+    except csv.Error as error:
+        raise UserError(f"{csv_path}, {error}") from error
     if len(rows) < 2:
         raise UserError(f"{csv_path} lists no clips: it needs a header and rows")
-    header = [cell.strip() for cell in rows[0]]
-    return header, [dict(zip(header, cells)) for cells in rows[1:]]
+    (_, cells), *rows = rows
+    header = [cell.strip() for cell in cells]
+    is_numbered = all(len(cells) == len(header) + 1 and cells[0].isdecimal() for _, cells in rows)
+    if is_numbered and any(cells[-1].strip() for _, cells in rows):
+        header.insert(0, "")  # R's row names are a column without a name
+    found = []
+    for line, cells in rows:
+        if any(cell.strip() for cell in cells[len(header) :]):
+            raise UserError(
+                f"{csv_path}, line {line}: {len(cells)} cells, and {len(header)} in the header. A "
+                f"cell with {separator!r} in it needs quotes (R's row names: row.names = FALSE)"
+            )
+        is_comment = len(cells) == 1 < len(header) and cells[0].startswith("#")
+        if not is_comment:
+            found.append(dict(zip(header, cells)))
+    return header, found
+
+
+def find_column(header: list[str], chosen: str | None, usual: Sequence[str]) -> str | None:
+    """Return the column that a flag has chosen, or one of a usual name; None if there is none."""
+    by_name = {name.lower().lstrip("# "): name for name in reversed(header)}
+    for name in [chosen] if chosen else usual:
+        if name in header:
+            return name
+        if name.lower() in by_name:
+            return by_name[name.lower()]
+    return None
+
+
+def find_columns(csv_path: Path, header: list[str], settings: Settings) -> tuple[str, str | None]:
+    """Return the columns of names and of labels, if any. Raises UserError: one is missing."""
+    name_column = find_column(header, settings.fname_column, NAME_COLUMNS)
+    label_column = find_column(header, settings.label_column, LABEL_COLUMNS)
+    there = ", ".join(header[:20])
+    if name_column is None:
+        names = settings.fname_column or " or ".join(NAME_COLUMNS)
+        hint = "--fname_column names the column of the files"
+        raise UserError(f"{csv_path} has no column {names}, only {there}. {hint}.")
+    if settings.label_column and label_column is None:
+        raise UserError(f"{csv_path} has no column {settings.label_column}, only {there}")
+    return name_column, label_column
 
 
 def read_clips(csv_path: Path, settings: Settings) -> list[Clip]:
     """Read the clips that a table lists, with the further columns of --metadata.
 
-    Columns without a name are passed over. Repeated rows count once. Raises UserError.
+    Columns without a name are skipped. Repeated rows count once. Raises UserError.
     """
-    header, rows = read_table(csv_path)
-    columns = {name.lower(): name for name in reversed(header)}  # a capital is forgiven
-    name_column = next((columns[name] for name in NAME_COLUMNS if name in columns), None)
-    label_column = next((columns[name] for name in LABEL_COLUMNS if name in columns), None)
-    if name_column is None:
-        names, there = " or ".join(NAME_COLUMNS), ", ".join(header[:8])
-        raise UserError(f"{csv_path} has no column {names}, only {there}: rename the right one")
-    main = {name_column, label_column} - {None}
-    extra = [name for name in header if settings.metadata and name and name not in main]
-    for name in [*main, *extra]:
-        if header.count(name) > 1:
-            raise UserError(f"{csv_path}: the column {name!r} is there twice; rename one")
-    for name in extra:
-        if name in {*COLUMNS, *CHUNK_COLUMNS, "tokens"} or re.fullmatch(r"token_\d+", name):
-            raise UserError(f"{csv_path}: column {name!r} clashes with an output column; rename it")
+    header, rows = read_table(csv_path, settings)
+    name_column, label_column = find_columns(csv_path, header, settings)
+    extra = []
+    if settings.metadata:
+        extra = [name for name in header if name and name not in (name_column, label_column)]
+    ours = {*COLUMNS, *CHUNK_COLUMNS, "tokens"}
+    clashes = [name for name in extra if name in ours or re.fullmatch(r"token_\d+", name)]
+    twice = {name for name in [name_column, label_column, *extra] if header.count(name) > 1}
+    if clashes or twice:
+        names = ", ".join(sorted({*clashes, *twice}))
+        raise UserError(f"{csv_path}: rename the columns {names}: twice there, or the output's own")
     clips, spanning = {}, []
     for row in rows:
         labels = row.get(label_column, "").strip()
@@ -669,12 +836,21 @@ def read_clips(csv_path: Path, settings: Settings) -> list[Clip]:
 # -------------------------------------------------------------------------------------------- clips
 
 EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "AIFF", "AU")  # these give all that they promise
+RATES = (100, 1_000_000)  # Hz
 UNKNOWN_LENGTH = 2**40  # samples; a FLAC stream may say 2^48, an MP3 stream 2^63
 PIPED = 2**31 - 2**24  # bytes; programs that write to a pipe give sizes from here on
 LOUDEST = 100.0  # of samples that may be audio between -1 and 1
 
 
-def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.Tensor, int, str]:
+class SoundFile(sf.SoundFile):
+    """An open sound file. soundfile would seek in a FLAC stream of unknown length, which fails."""
+
+    def seekable(self) -> bool:
+        is_stream = self.format == "FLAC" and self.frames >= UNKNOWN_LENGTH
+        return super().seekable() and not is_stream
+
+
+def read_audio(path: Path, channels: int, settings: Settings) -> tuple[torch.Tensor, int, str]:
     """Read a sound file: samples [channels, T] in float32, its sample rate in Hz, and its SHA-256.
 
     libsndfile decodes it, or torchaudio.load if libsndfile does not know the format.
@@ -687,32 +863,35 @@ def read_audio(path: Path, channels: int, max_duration_s: float) -> tuple[torch.
     if path.suffix.lower() == ".raw":
         raise BadClip("raw audio without a header has no sample rate: convert it to WAV")
     try:
-        with sf.SoundFile(str(path)) as audio:
-            if audio.format == "RAW":  # by its ending alone, libsndfile takes any bytes for samples
-                raise BadClip("no header that says how to read the file: it may hold text")
-            check_header(audio, max_duration_s)
+        name = str(path) if os.name == "nt" else os.fsencode(path)  # it may not be UTF-8
+        with SoundFile(name) as audio:
+            check_header(audio, settings)
             digest = sha256_of(path)  # before decoding: it raises the disk's I/O errors
-            return read_samples(audio, channels, max_duration_s), audio.samplerate, digest
-    except UnicodeEncodeError as error:
-        raise BadClip("the name is not UTF-8: rename the file") from error
+            return read_samples(audio, channels, settings), audio.samplerate, digest
     except sf.LibsndfileError as error:
         digest = sha256_of(path)
-        samples, rate = read_otherwise(path, error, head)
-        check_duration(samples.shape[1] / rate, max_duration_s)
+        samples, rate = read_with_torchaudio(path, error, head)
+        check_duration(samples.shape[1] / rate, settings)
         return mix_channels(check_samples(samples), channels), rate, digest
 
 
-def check_duration(duration_s: float, limit_s: float) -> None:
+def check_duration(duration_s: float, settings: Settings) -> None:
+    """Raise BadClip if a clip's length is not allowed. No other function checks a length."""
+    limit_s = settings.max_duration
     if duration_s > limit_s:
         raise BadClip(f"too long: {duration_s:.1f} s (limit {limit_s:g} s, see --max_duration)")
 
 
-def check_header(audio: sf.SoundFile, max_duration_s: float) -> None:
-    """Raise BadClip if an open file's header cannot be right, or promises more than there is."""
-    if not 1_000 <= audio.samplerate <= 1_000_000:
+def check_header(audio: SoundFile, settings: Settings) -> None:
+    """Raise BadClip if an open file is no sound, or its header cannot be right."""
+    if audio.format == "RAW":  # by its ending alone, libsndfile takes any bytes for samples
+        raise BadClip("no header that says how to read the file: it may hold text")
+    if audio.format in NOT_SOUND:
+        raise BadClip("a MATLAB matrix, not a sound file: save sound as WAV")
+    if not RATES[0] <= audio.samplerate <= RATES[1]:
         raise BadClip(f"its header is damaged: a sample rate of {audio.samplerate} Hz")
     if audio.frames < UNKNOWN_LENGTH:
-        check_duration(audio.frames / audio.samplerate, max_duration_s)
+        check_duration(audio.frames / audio.samplerate, settings)
     # libsndfile reduces the size of WAV (data), AIFF (SSND) and AU to what is there, and says so in
     # its log alone. Of RF64 it logs the numbers of samples.
     sizes = r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)"
@@ -728,8 +907,8 @@ def check_header(audio: sf.SoundFile, max_duration_s: float) -> None:
             )
 
 
-def read_samples(audio: sf.SoundFile, channels: int, max_duration_s: float) -> torch.Tensor:
-    """Read the promised samples of an open file, and none behind them: [channels, T].
+def read_samples(audio: SoundFile, channels: int, settings: Settings) -> torch.Tensor:
+    """Read as many samples as the header declares, no more: [channels, T].
 
     It reads in pieces, so that no wrong header reserves memory.
     """
@@ -738,9 +917,7 @@ def read_samples(audio: sf.SoundFile, channels: int, max_duration_s: float) -> t
     if size and audio.format == "W64" and audio.subtype.startswith(("PCM", "FLOAT", "DOUBLE")):
         most = min(most, (int(size[2]) - 24) // int(size[1]))  # libsndfile reads to the file's end
     if most >= UNKNOWN_LENGTH:
-        most = int(max_duration_s * audio.samplerate) + 1
-        if audio.format == "FLAC":
-            audio.seekable = lambda: False  # soundfile would seek, which is libsndfile's error 39
+        most = int(settings.max_duration * audio.samplerate) + 1  # enough to be too long
     if audio.seekable():
         audio.seek(0)  # as soundfile.read: an Opus stream then skips its first samples, as it must
     pieces, length = [], 0
@@ -754,7 +931,7 @@ def read_samples(audio: sf.SoundFile, channels: int, max_duration_s: float) -> t
         length += len(piece)
     if length == 0:
         raise BadClip("no samples: its header says 0 bytes of audio, or none follow it")
-    check_duration(length / audio.samplerate, max_duration_s)
+    check_duration(length / audio.samplerate, settings)
     exact = audio.format in EXACT_FORMATS and not audio.subtype.startswith("MPEG")
     if exact and length < audio.frames < UNKNOWN_LENGTH:
         raise BadClip(f"truncated or damaged: {length:,} of {most:,} samples could be read")
@@ -783,7 +960,7 @@ def mix_channels(samples: torch.Tensor, channels: int) -> torch.Tensor:
     return samples.mean(dim=0, keepdim=True).repeat(channels, 1)
 
 
-def read_otherwise(
+def read_with_torchaudio(
     path: Path, failure: sf.LibsndfileError, head: bytes
 ) -> tuple[torch.Tensor, int]:
     """Read a file that begins with `head` by torchaudio, if libsndfile does not know its format.
@@ -886,7 +1063,7 @@ def find_weights(settings: Settings) -> Path | None:
 
     Raises UserError: there is no such file, the download fails, or the SHA-256 is another one.
     """
-    spec, path = MODELS[settings.model], Path(settings.weights).expanduser()
+    spec, path = MODELS[settings.model], Path(settings.weights)
     if settings.weights == "untrained":
         return None
     if settings.weights == "pretrained":
@@ -1430,29 +1607,36 @@ def load_encoder(settings: Settings) -> Encoder:
     return make_encoder(model, settings)
 
 
-def tokenize(sound: object, encoder: Encoder, rate: int | None = None) -> object:
-    """Tokenize a sound, or a list of sounds together.
+def tokenize(sound: object, encoder: Encoder, rate: object = None) -> object:
+    """Tokenize a sound, or several sounds together.
 
     A sound is the path of a file, or an array or tensor of samples between -1 and 1, [T] or [C, T],
-    at the sample rate `rate` in Hz.
+    at the sample rate `rate` in Hz. Several are a list, tuple, generator, Series or array of these.
 
     Returns codes [N, K, F], int64 within 0..1023: N chunks (1 with Settings(whole=True)), K
-    codebooks, F frames; 75 frames are a second at 24 kHz. A list gives a list.
+    codebooks, F frames; 75 frames are a second at 24 kHz. Several sounds give a list.
 
     Raises BadClip: a file is missing, damaged, or no audio, or samples are not between -1 and 1.
-    ValueError: the shape or the rate of samples is wrong. OSError: the machine is at fault.
+    ValueError: an argument is no sound, or the shape or the rate of samples is wrong. OSError: the
+    machine is at fault. The message says which of several sounds it is. To skip bad files instead,
+    call tokenize for one file at a time and catch BadClip.
     """
-    sounds = sound if isinstance(sound, (list, tuple)) else [sound]
+    sounds = several_sounds(sound)
     chunks = []
-    for one in sounds:
-        audio = load_sound(one, rate, encoder.settings)
+    for number, one in enumerate([sound] if sounds is None else sounds):
+        try:
+            audio = load_sound(one, rate, encoder.settings)
+        except (BadClip, ValueError) as error:
+            kind = BadClip if isinstance(error, BadClip) else ValueError
+            name = one if isinstance(one, (str, os.PathLike)) else f"sound {number}"
+            raise kind(f"{name}: {error}") from error
         chunks.append(split_chunks(audio, encoder.settings)[1])
     encoded = encoder.encode([chunk for parts in chunks for chunk in parts])
     codes = []
     for parts in chunks:
         codes_of_one = [next(encoded)[0] for _ in parts]
         codes.append(np.stack(codes_of_one).astype(np.int64))
-    return codes if isinstance(sound, (list, tuple)) else codes[0]
+    return codes[0] if sounds is None else codes
 
 
 def decode(codes: np.ndarray, encoder: Encoder) -> tuple[np.ndarray, int]:
@@ -1499,26 +1683,65 @@ def split_segments(codes: torch.Tensor, model: EncodecModel) -> list[torch.Tenso
     return [*segments, last]
 
 
-def load_sound(sound: object, rate: int | None, settings: Settings) -> torch.Tensor:
+def several_sounds(sound: object) -> list | None:
+    """Return the sounds of a list, or of what can stand for one; None for a single sound."""
+    if hasattr(sound, "to_numpy"):  # a Series
+        sound = sound.to_numpy()
+    if isinstance(sound, np.ndarray) and sound.ndim == 1 and sound.dtype.kind in "OUT":
+        return sound.tolist()  # texts or objects
+    if isinstance(sound, (list, tuple, Iterator)) and not isinstance(sound, io.IOBase):
+        return list(sound)  # but a file gives lines
+    return None
+
+
+def load_sound(sound: object, rate: object, settings: Settings) -> torch.Tensor:
     """Read or check a sound, and resample it: [C, T]. See tokenize for arguments and errors."""
     channels = MODELS[settings.model].channels
     if isinstance(sound, (str, os.PathLike)):
-        try:
-            look_at(Path(sound))
-            samples, rate, _ = read_audio(Path(sound), channels, settings.max_duration)
-        except BadClip as reason:
-            raise BadClip(f"{sound}: {reason}") from reason
+        path = Path(os.path.expanduser(os.fsdecode(sound)))
+        look_at(path)
+        samples, rate, _ = read_audio(path, channels, settings)
         return resample(samples, rate, settings)
-    if rate is None or not 1_000 <= rate <= 1_000_000:
-        raise ValueError(f"rate={rate}: samples need their sample rate in Hz")
-    samples = torch.as_tensor(sound)
-    if not samples.is_floating_point():
-        raise BadClip(f"{samples.dtype} samples: divide them by their full scale, to -1 to 1")
+    if not hasattr(sound, "__array__"):  # NumPy, PyTorch, pandas and others have it
+        kind = type(sound).__name__
+        article = "an" if kind[0] in "aeiouAEIOU" else "a"
+        name = "None" if sound is None else f"{article} {kind}"
+        raise ValueError(
+            f"{name} is no sound: give a path, or samples as a NumPy array or a tensor"
+        )
+    samples = convert_samples(sound)
+    rate_hz = check_rate(rate)
     if samples.ndim not in (1, 2) or (samples.ndim == 2 and len(samples) > samples.shape[1]):
         raise ValueError(f"samples of shape {tuple(samples.shape)} are neither [T] nor [C, T]")
-    samples = torch.atleast_2d(samples.float())
-    check_duration(samples.shape[1] / rate, settings.max_duration)
-    return resample(mix_channels(check_samples(samples), channels), rate, settings)
+    samples = torch.atleast_2d(samples)
+    check_duration(samples.shape[1] / rate_hz, settings)
+    return resample(mix_channels(check_samples(samples), channels), rate_hz, settings)
+
+
+def check_rate(rate: object) -> int:
+    """Return a sample rate in Hz, given as a number or as an array of one. Raises ValueError."""
+    low, high = RATES
+    with suppress(TypeError, ValueError, RuntimeError):  # a text, or an array of several
+        number = rate.item() if hasattr(rate, "item") else rate
+        if low <= number <= high and number % 1 == 0:
+            return int(number)
+    raise ValueError(f"rate={rate!r}: samples need their sample rate in Hz, {low} to {high:,}")
+
+
+def convert_samples(samples: object) -> torch.Tensor:
+    """Return an array or a tensor as a tensor in float32. Raises BadClip: it holds no floats."""
+    if isinstance(samples, torch.Tensor):
+        samples = samples.detach().cpu()
+        is_float = samples.is_floating_point()
+    else:
+        samples = np.asarray(samples)
+        is_float = samples.dtype.kind == "f"
+    if not is_float:
+        raise BadClip(f"{samples.dtype} samples: give floats, integers divided by their full scale")
+    if isinstance(samples, np.ndarray):
+        # A plain copy, for PyTorch takes no long doubles, swapped bytes or negative strides.
+        samples = torch.from_numpy(samples.astype(np.float32))
+    return samples.float()
 
 
 # -------------------------------------------------------------------------------------------- store
@@ -1607,7 +1830,7 @@ def write_kept(folder: Path, name: str, kept: Kept) -> None:
             temporary.unlink()
 
 
-def find_kept(dataset: Dataset, folder: Path, max_duration_s: float) -> int:
+def find_kept(dataset: Dataset, folder: Path, settings: Settings) -> int:
     """Give each clip the checksum of the codes that are kept of it; count the files that are gone.
 
     Codes of a file that has other times or another size now do not count yet: see take_kept.
@@ -1619,7 +1842,7 @@ def find_kept(dataset: Dataset, folder: Path, max_duration_s: float) -> int:
         if kept and (is_gone or clip.stamp == kept.stamp):
             num_gone += is_gone
             try:
-                check_duration(kept.duration_sec, max_duration_s)
+                check_duration(kept.duration_sec, settings)
                 clip.sha256, clip.error = kept.sha256, ""
             except BadClip as reason:
                 clip.error = str(reason)
@@ -1659,10 +1882,10 @@ def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[dict, list[
     try:
         kept = take_kept(clip, folder)
         if kept:
-            check_duration(kept.duration_sec, settings.max_duration)
+            check_duration(kept.duration_sec, settings)
             facts = {"sha256": kept.sha256}
         else:
-            samples, rate, digest = read_audio(clip.path, spec.channels, settings.max_duration)
+            samples, rate, digest = read_audio(clip.path, spec.channels, settings)
             starts, chunks = split_chunks(resample(samples, rate, settings), settings)
             facts = {
                 "start_sec": [start / spec.sample_rate for start in starts],
@@ -2211,7 +2434,7 @@ def run(settings: Settings) -> int:
 def prepare(job: Job) -> None:
     """Find the clips that are finished, and make sure that the others can be. Raises UserError."""
     clips, output_dir = job.dataset.clips, job.settings.output_dir
-    num_gone = find_kept(job.dataset, job.codes, job.settings.max_duration)
+    num_gone = find_kept(job.dataset, job.codes, job.settings)
     num_missing = sum(clip.error.startswith(NO_FILE) for clip in clips)
     if num_missing and not any(clip.stamp for clip in clips):
         first = next(clip for clip in clips if clip.error)  # others may have codes

@@ -59,13 +59,19 @@ MISTAKES = [
     (["--max_samples", "0"], "0 is out of range"),
     (["--batch_size", "-4"], "-4 is out of range"),
     (["--workers", "0"], "0 is out of range"),
-    (["--dataset", "other"], "invalid choice: 'other'"),
-    (["--aggregate", "median"], "invalid choice: 'median'"),
-    (["--device", "tpu"], "choose from auto, cpu, cuda, cuda:N"),
-    (["--max_sample", "3"], "unrecognized arguments: --max_sample 3"),
+    (["--max_samples", "2.5"], "invalid int value: '2.5'"),
+    (["--dataset", "other"], "--dataset other: choose from curated, noisy, both, test, sample"),
+    (["--aggregate", "mediod"], "none; did you mean medoid?"),
+    (["--device", "tpu"], "--device tpu: choose from auto, cpu, cuda, cuda:N"),
+    (["--max_sample", "3"], "unrecognized arguments: --max_sample 3; did you mean --max_samples?"),
+    (["--bandwith=3"], "did you mean --bandwidth?"),
+    (["--audio_dir", ""], "--audio_dir is empty: is a shell variable unset?"),
+    (["--weights="], "--weights is empty"),
+    (["--output_dir="], "--output_dir is empty"),
+    (["--audio_dir", "x", "--label_column", "y"], "--label_column names a column of a table"),
     (["extra"], "unrecognized arguments: extra"),
-    (["--whole", "--aggregate", "none"], "--aggregate has no meaning with --whole"),
-    (["--overlap", "0.2", "--whole"], "--overlap has no meaning with --whole"),
+    (["--whole", "--aggregate", "none"], "--aggregate is not allowed with --whole"),
+    (["--overlap", "0.2", "--whole"], "--overlap is not allowed with --whole"),
     (["--plot", "picture.gif"], "must end in .png, .pdf or .svg"),
     (["--dataset", "test", "--audio_dir", "x"], "each name a set of clips: give one of them"),
     (["--metadata", "clips.csv"], "--metadata needs --audio_dir"),
@@ -80,6 +86,14 @@ def test_a_mistake_ends_in_one_sentence_and_status_2(args, says, capsys):
     out, err = capsys.readouterr()
     assert says in err and "usage" not in err
     assert out == "" and err.count("\n") == 2
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
+    """The shell expands it in `--weights ~/x`, and not in `--weights=~/x`."""
+    monkeypatch.setenv("HOME", "/home/me")
+    names = ("metadata", "audio_dir", "input_dir", "output_dir", "weights", "plot")
+    settings = parse_settings([f"--{name}=~/{name}.png" for name in names])
+    assert [str(getattr(settings, name)) for name in names] == [f"/home/me/{n}.png" for n in names]
 
 
 @pytest.mark.parametrize("flag, package", [("--plot", "matplotlib"), ("--parquet", "pyarrow")])

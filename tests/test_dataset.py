@@ -23,6 +23,7 @@ from encodec_tokenizer import (
     find_dataset,
     find_datasets,
     find_file,
+    read_audio,
     read_clips,
 )
 
@@ -42,7 +43,7 @@ LAYOUTS = {  # where a table and its audio folder lie
 
 def write_wav(path: Path, seconds: float = 0.1) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, np.zeros(round(seconds * 8_000)), 8_000)
+    soundfile.write(os.fsencode(path), np.zeros(round(seconds * 8_000)), 8_000)
 
 
 def lay_out(root, csv_name, folder_name, text="fname,labels\na.wav,Bark\n"):
@@ -56,13 +57,13 @@ def cells(clips):
     return [(clip.fname, clip.labels) for clip in clips]
 
 
-def read(tmp_path, content, max_samples=None, keep_extra=False):
+def read(tmp_path, content, keep_extra=False, **options):
     """The names of the further columns of a CSV with this content, and its clips."""
     path = tmp_path / "clips.csv"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    metadata = path if keep_extra else None
-    settings = Settings(metadata=metadata, audio_dir=tmp_path, max_samples=max_samples)
-    clips = read_clips(path, settings)
+    if keep_extra:
+        options |= {"metadata": path, "audio_dir": tmp_path}
+    clips = read_clips(path, Settings(**options))
     return tuple(clips[0].extra), clips
 
 
@@ -88,6 +89,18 @@ def test_an_audio_folder_is_not_taken_from_the_other_layout(tmp_path):
     lay_out(tmp_path, "test_post_competition.csv", "FSDKaggle2019.audio_test")
     dataset = find_dataset(Settings(input_dir=tmp_path), "test")
     assert dataset.audio_dir.name == "FSDKaggle2019.audio_test"
+
+
+def test_the_competition_whose_clips_are_there_is_taken(tmp_path):
+    """Every competition of Kaggle has a sample_submission.csv, and often a folder of that name."""
+    lay_out(tmp_path, "birds/sample_submission.csv", "birds/test", "row_id,target\na,1\n")
+    (tmp_path / "birds/test/a.wav").rename(tmp_path / "birds/test/soundscape.wav")
+    lay_out(tmp_path, "freesound/sample_submission.csv", "freesound/test", "fname,Bark\nb.wav,0\n")
+    write_wav(tmp_path / "freesound/test/b.wav")
+    lay_out(tmp_path, "whales/sample_submission.csv", "whales/test", "fname,x\nc.wav,0\n")
+    dataset = find_dataset(Settings(input_dir=tmp_path), "test")
+    assert dataset.audio_dir == tmp_path / "freesound/test"
+    assert cells(dataset.clips) == [("b.wav", "")]
 
 
 def test_a_gone_audio_folder_of_a_finished_run_is_no_error(tmp_path, run):
@@ -119,7 +132,7 @@ def test_the_bundled_sample_is_what_its_generator_makes(tmp_path):
 # --------------------------------------------------------------------------------------- any CSV
 
 
-OURS = ["num_chunks", "chunk", "start_sec", "token_7", "tokens"]  # columns of the output
+OURS = ["chunk", "num_chunks", "start_sec", "token_7", "tokens"]  # columns of the output
 
 
 @pytest.mark.parametrize(
@@ -131,16 +144,27 @@ OURS = ["num_chunks", "chunk", "start_sec", "token_7", "tokens"]  # columns of t
         (b"fname,labels\n  \n", "lists no clips"),
         (
             b"file,labels\na.wav,Bark\n",
-            "no column fname or filename or file_name, only file, labels",
+            "no column fname or filename or file_name, only file, labels. --fname_column names",
         ),
         (b"client\tpath\tlabel\n1\ta.wav\tx\n", "only client, path, label"),
         (b"fname,labels\na.wav,Bark\nb.wav,Walk,Slam\n", "line 3: 3 cells, and 2 in the header"),
         (b'fname,label,text\na.wav,x,"open\nb.wav,y,fine\n', "line 2: a quote is never closed"),
         ("fname,labels\na.wav,x\né.wav,Bark\n".encode("latin-1"), "line 3: not UTF-8"),
         (b"RIFF\x00\x00\xff\xfe", "not UTF-8"),
-        (b"fname,labels,labels\na.wav,dog,cat\n", "the column 'labels' is there twice"),
-        (b"fname,labels,fname\na.wav,dog,b.wav\n", "the column 'fname' is there twice"),
-        *((f"fname,{name}\na.wav,1\n", f"column {name!r} clashes with an out") for name in OURS),
+        (b"fname,labels,x,y,labels,x\na,dog,1,2,cat,3\n", "rename the columns labels, x: twice"),
+        (b"fname,labels,fname\na.wav,dog,b.wav\n", "rename the columns fname: twice there"),
+        (f"fname,{','.join(OURS)}\n{'a,' * 6}\n", f"rename the columns {', '.join(OURS)}: twice"),
+        (b'"a","b"\n"1",x,y\n"2",x,y\n', "no column fname or filename or file_name, only , a, b"),
+        (b'"fname","b"\n"x","1",y\n"z","2",y\n', "(R's row names: row.names = FALSE)"),
+        (b"PK\3\4\x14\0\6\0[Content_Types].xml", "is a spreadsheet or a ZIP archive: save it as"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1", "is a spreadsheet or"),
+        (b"\x1f\x8b\x08\0\x91A", "is compressed: save it as a CSV file in UTF-8"),
+        (b"PAR1\x15\4", "is a Parquet or Arrow file"),
+        (b'{"file_name": "a.wav", "label": "x"}\n', "is a JSON file"),
+        ("\ufeff \n[\n{}]".encode(), "is a JSON file"),
+        ("fname,labels\na.wav,x\n".encode("utf-16"), "is in UTF-16"),
+        ("fname,labels\na.wav,x\n".encode("utf-16-le"), "is in UTF-16, or not text"),
+        (b"\n<!DOCTYPE html>\n", "is a web page or an XML file"),
     ],
 )
 def test_a_table_that_cannot_be_read_says_why_and_where(content, says, tmp_path):
@@ -169,6 +193,21 @@ TABLES = {  # all list ROWS
     # The most frequent separator need not be the right one.
     "commas in the header": "fname;label;of (a, b, c)\na.wav;Bark;a\nb.wav;Walk,Slam;b\n",
     "Excel's first line": "sep=;\nfname;labels\na.wav;Bark\nb.wav;Walk,Slam\n",
+    "marks twice": '\ufeff\ufefffname,labels\na.wav,Bark\nb.wav,"Walk,Slam"\n',
+    "a mark before and behind Excel's line": "\ufeffsep=,\n\ufefffname,labels\n"
+    'a.wav,Bark\nb.wav,"Walk,Slam"\n',
+    "comments": '# cut\n\n#fname, text\nfname,labels\na.wav,Bark\n# left out\nb.wav,"Walk,Slam"\n',
+    "a header that is a comment": '# fname,labels\na.wav,Bark\nb.wav,"Walk,Slam"\n',
+    "a column called #": '#,fname,labels\n1,a.wav,Bark\n2,b.wav,"Walk,Slam"\n',
+    "R's tabs": '"fname"\t"labels"\t"s"\n"a.wav"\t"Bark"\t0.5\n"b.wav"\t"Walk,Slam"\t1\n',
+    "R's row names": '"fname" "labels"\n"1" "a.wav" "Bark"\n"3" "b.wav" "Walk,Slam"\n'.replace(
+        " ", "\t"
+    ),
+    "R's row names, commas": '"fname","labels"\n"1","a.wav","Bark"\n"2","b.wav","Walk,Slam"\n',
+    "Excel's tabs": 'fname\tlabels\tt\r\na.wav\tBark\t"12"" drum"\r\nb.wav\t"Walk,Slam"\t\r\n',
+    "Excel's lines in a cell": 'fname\tlabel\tt\na.wav\tBark\t"x\ny"\nb.wav\tWalk,Slam\t\n',
+    "a tab in a quoted cell": 'fname\tlabel\tt\na.wav\tBark\t"x\ty"\nb.wav\tWalk,Slam\t\n',
+    "old Macintosh line ends": 'fname,labels\ra.wav,Bark\rb.wav,"Walk,Slam"\r',
 }
 
 
@@ -185,6 +224,21 @@ def test_unicode_numbers_quotes_spaces_and_long_cells_are_kept(tmp_path):
     assert cells(clips) == expected
     assert columns == ("embedding",)
     assert [len(clip.extra["embedding"]) for clip in clips] == [159_999, 1, 1]
+
+
+COLUMNS = "path,clip_id,Label,annotator 2,fname\na.wav,1,x,Bark,\nb.wav,2,y,Walk,\n"
+
+
+def test_flags_choose_the_columns_of_a_table(tmp_path):
+    chosen = {"fname_column": "path", "label_column": "Annotator 2"}
+    assert cells(read(tmp_path, COLUMNS, **chosen)[1]) == [("a.wav", "Bark"), ("b.wav", "Walk")]
+    assert cells(read(tmp_path, COLUMNS.replace(",", "\t"), **chosen)[1])[0] == ("a.wav", "Bark")
+    assert cells(read(tmp_path, COLUMNS, fname_column="PATH")[1])[0] == ("a.wav", "x")
+    with pytest.raises(UserError, match="rename the columns fname: "):
+        read(tmp_path, COLUMNS, keep_extra=True, **chosen)
+    for name in chosen:
+        with pytest.raises(UserError, match="has no column title, only path, clip_id, Label"):
+            read(tmp_path, COLUMNS, **{name: "title"})
 
 
 @pytest.mark.parametrize(
@@ -225,9 +279,9 @@ NO_CLIPS = {  # flags -> what is said
     "--dataset sample": ["the sample comes with the repository"],
     "--metadata none.csv --audio_dir audio": ["none.csv: No such file"],
     "--audio_dir nowhere": ["there is no such folder"],
-    "--audio_dir audio/a.wav": ["there is no such folder"],
+    "--audio_dir audio/a.wav": ["audio/a.wav is a file: name the folder it lies in"],
     "--audio_dir tables": ["there are no sound files below it"],
-    "--metadata tables/a.csv --audio_dir audio/a.wav": ["no file of 1 clip is in audio/a.wav"],
+    "--metadata tables/a.csv --audio_dir audio/a.wav": ["audio/a.wav is a file"],
     "--metadata tables/b.csv --audio_dir audio": ["C:\\x\\b.wav: no such file"],
     "--metadata tables/c.csv --audio_dir audio": ["no file of 1 clip is in audio: is the folder"],
 }
@@ -276,17 +330,65 @@ def test_linked_folders_are_followed_and_circles_end(tmp_path):
         (tmp_path / "pets").mkdir(exist_ok=True)
         (tmp_path / "pets" / kind).symlink_to(tmp_path / "elsewhere" / kind)
     (tmp_path / "pets" / "loop").symlink_to(".")
+    (tmp_path / "elsewhere" / "dog" / "up").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "pets" / "hound").symlink_to("dog")  # a second way to a folder is no circle
     (dataset,) = find_datasets(Settings(audio_dir=tmp_path / "pets"))
-    assert cells(dataset.clips) == [("cat/cat.wav", "cat"), ("dog/dog.wav", "dog")]
+    names = ["cat/cat.wav", "dog/dog.wav", "dog/up/cat/cat.wav"]
+    names += ["hound/dog.wav", "hound/up/cat/cat.wav"]
+    assert cells(dataset.clips) == [(name, name.split("/")[-2]) for name in names]
 
 
 def test_a_name_that_is_not_utf_8_fails_alone(tmp_path, run):
+    for name in (b"a.wav", b"b\xff.wav", "b\N{REPLACEMENT CHARACTER}.wav".encode(), b"\xe9/c.wav"):
+        write_wav(tmp_path / "pets" / os.fsdecode(name))
+    status, _, _ = run("--audio_dir", tmp_path / "pets")
+    assert status == 0
+    done = pd.read_csv(tmp_path / "out" / "tokenized_pets.csv")["fname"]
+    assert done.tolist() == ["a.wav", "b\N{REPLACEMENT CHARACTER}.wav"]
+    failed = pd.read_csv(tmp_path / "out" / "failed_pets.csv")
+    assert failed["fname"].tolist() == ["b\\xff.wav", "\\xe9/c.wav"]
+    assert set(failed["error"]) == {"the name is not UTF-8: rename the file or its folder"}
+
+
+def test_a_file_that_is_not_utf_8_can_be_read(tmp_path):
+    path = tmp_path / os.fsdecode(b"b\xff.wav")
+    write_wav(path)
+    assert read_audio(path, 1, Settings())[0].shape == (1, 800)
+
+
+@pytest.mark.parametrize("name", ["audio_dir", "output_dir", "metadata"])
+def test_a_path_that_is_not_utf_8_is_refused_first(name, tmp_path):
+    folder = tmp_path / os.fsdecode(b"pets\xff")
+    write_wav(folder / "a.wav")
     write_wav(tmp_path / "pets" / "a.wav")
-    shutil.copy(tmp_path / "pets" / "a.wav", tmp_path / "pets" / os.fsdecode(b"b\xff.wav"))
-    status, out, _ = run("--audio_dir", tmp_path / "pets")
-    assert status == 0 and "1 clip tokenized" in out and "1 failed" in out
-    reason = pd.read_csv(tmp_path / "out" / "failed_pets.csv")["error"][0]
-    assert "the name is not UTF-8: rename the file" in reason
+    (folder / "clips.csv").write_text("fname\na.wav\n")
+    paths = {"audio_dir": tmp_path / "pets", "output_dir": tmp_path / "out", name: folder}
+    if name == "metadata":
+        paths[name] /= "clips.csv"
+    with pytest.raises(UserError, match=r"pets\\xff.*: this name is not UTF-8: rename it"):
+        find_datasets(Settings(**paths))
+
+
+def test_outputs_below_the_audio_folder_are_not_counted(tmp_path, run):
+    write_wav(tmp_path / "a.wav")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    for _ in range(2):
+        status, _, err = run("--audio_dir", tmp_path, "--parquet")
+        assert status == 0 and "left out 1 file not known as sound: .txt" in err
+
+
+def test_matlab_files_are_no_sounds_and_no_rivals(tmp_path, run):
+    write_wav(tmp_path / "pets" / "a.wav")
+    soundfile.write(tmp_path / "pets" / "a.mat", np.zeros(800), 8_000, format="MAT5")
+    (tmp_path / "clips.csv").write_text("fname\na\na.mat\n")
+    flags = ["--audio_dir", tmp_path / "pets"]
+    status, out, err = run(*flags)
+    assert status == 0 and "1 clip tokenized" in out and "0 failed" in out
+    assert "left out 1 file not known as sound: .mat" in err
+    assert run(*flags, "--metadata", tmp_path / "clips.csv")[0] == 0
+    (failed,) = pd.read_csv(tmp_path / "out" / "failed_clips.csv").itertuples(index=False)
+    assert failed == ("a.mat", "a MATLAB matrix, not a sound file: save sound as WAV")
 
 
 # ------------------------------------------------------------------------------- a clip's file
