@@ -567,7 +567,7 @@ def name_below(folder: Path, fname: str) -> str:
 def fault_of_file(error: OSError, path: Path) -> str:
     """Say what is wrong with a file. Raises an OSError with its path: the machine is at fault."""
     if error.errno not in CLIP_ERRNOS:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(path))
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return NO_FILE
     return f"cannot be opened: {error.strerror}"
@@ -1489,9 +1489,9 @@ def find_kept(dataset: Dataset, folder: Path, max_duration_s: float) -> int:
             clip.error = str(reason)
     if unused:
         say(
-            f"note: {counted(len(unused), 'name')} of files that are gone fit other files now, "
-            f"which are not used (the first: {unused[0]}). To encode them, write their paths into "
-            "the table."
+            f"note: other files fit the names of {counted(len(unused), 'clip')} whose files are "
+            f"gone, and are not used (the first: {unused[0]}). To encode such a file, write its "
+            "path into the table."
         )
     return num_gone
 
@@ -1507,17 +1507,17 @@ def look_again(clip: Clip, folder: Path, max_duration_s: float) -> Kept | None:
 
     Codes of another content are removed, so that they never come back. For errors see may_use.
     """
-    kept = read_kept(folder, clip.name, with_arrays=False)
+    kept = read_kept(folder, clip.name)
     while kept and not may_use(kept, clip, max_duration_s, compare=True):
-        now = read_kept(folder, clip.name, with_arrays=False)
+        now = read_kept(folder, clip.name)
         if now == kept:
             kept_path(folder, clip.name).unlink(missing_ok=True)
             return None
         kept = now  # another process has just written these
     if kept and kept.stamp != clip.stamp:
-        whole = read_kept(folder, clip.name)
         with suppress(OSError, BadClip):  # it only saves the next run this comparison
-            write_kept(folder, clip.name, replace(whole, file=clip.file, stamp=clip.stamp))
+            if look_at(clip.path) == clip.stamp:
+                write_kept(folder, clip.name, replace(kept, file=clip.file, stamp=clip.stamp))
     return kept
 
 
