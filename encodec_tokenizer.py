@@ -1894,9 +1894,8 @@ def write_outputs(job: Job) -> int:
     num_done = len(clips) - len(failures)
     encoded = {clip.name for clip in clips if clip.encoded_s}  # several rows may have one name
     num_new = sum(clip.name in encoded for clip in clips)
-    prefix = f".unfinished-{job.dataset.stem}-"
-    remove_old(parent, re.escape(prefix) + "[a-z0-9_]{8}/")  # as TemporaryDirectory names it
-    with TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as name:
+    remove_old(parent, ".unfinished-*")
+    with TemporaryDirectory(prefix=".unfinished-", dir=parent, ignore_cleanup_errors=True) as name:
         folder = Path(name)
         new = write_views(job, folder) if num_done else []
         if failures and (num_done or not job.csv.exists()):
@@ -1950,18 +1949,16 @@ def write_views(job: Job, folder: Path) -> list[Path]:
     return [*new, job.csv]
 
 
-def remove_old(folder: Path, pattern: str) -> None:
+def remove_old(folder: Path, pattern: str, remove: Callable[[Path], None] = shutil.rmtree) -> None:
     """Remove what killed runs have left for a day; younger things may belong to a living one.
 
-    The pattern is that of whole names; a folder's name ends in a slash here.
+    `pattern` is a glob that only our own names fit. `remove` fails, as it must, on other kinds of
+    things: rmtree on files, unlink on folders.
     """
-    for entry in list(os.scandir(folder)):
-        is_folder = entry.is_dir(follow_symlinks=False)
-        if not re.fullmatch(pattern, f"{entry.name}/" if is_folder else entry.name):
-            continue
+    for path in folder.glob(pattern):
         with suppress(OSError):
-            if time.time() - entry.stat(follow_symlinks=False).st_mtime > 86_400:
-                shutil.rmtree(entry.path) if is_folder else os.unlink(entry.path)
+            if time.time() - path.stat().st_mtime > 86_400:
+                remove(path)
 
 
 # ------------------------------------------------------------------------------------- the picture
@@ -2088,7 +2085,7 @@ def prepare(job: Job) -> None:
             raise PermissionError(errno.EACCES, "it is read-only", str(output_dir))
     except OSError as error:
         raise UserError(f"--output_dir {output_dir} cannot be used: {error}") from error
-    remove_old(job.codes, r"[0-9a-f]{32}\.tmp")  # see write_kept
+    remove_old(job.codes, "[0-9a-f]" * 32 + ".tmp", os.unlink)  # see write_kept
 
 
 def main(argv: list[str] | None = None, settings: Settings | None = None) -> int:

@@ -234,17 +234,13 @@ def kept_folders(run, root, tmp_path):
 
 
 OURS = f"{0:032x}.tmp"
-LEFT = {  # name below the output folder ({codes}: of codes) -> (days ago, is removed)
-    f"{{codes}}/{OURS}": (2, True),
-    f"{{codes}}/{1:032x}.tmp": (0, False),
-    "{codes}/x.tmp": (2, False),
-    "{codes}/drums.tmp/": (2, False),
-    f"{{codes}}/{2:032x}.tmp/": (2, False),
-    f"{{codes}}/drums/{OURS}": (2, False),
-    ".unfinished-train_curated-abcd_123/": (2, True),
-    ".unfinished-train_curated-abcd_124/": (0, False),
-    ".unfinished-drafts/": (2, False),
-    ".unfinished-drawings/": (2, False),
+LEFT = {  # name below the folder of codes -> (days ago, is removed)
+    OURS: (2, True),
+    f"{1:032x}.tmp": (0, False),
+    "x.tmp": (2, False),
+    "drums.tmp/": (2, False),
+    f"{2:032x}.tmp/": (2, False),
+    f"drums/{OURS}": (2, False),
 }
 
 
@@ -252,7 +248,7 @@ def test_only_old_temporary_files_of_ours_are_removed(run, root, tmp_path):
     (codes,) = kept_folders(run, root, tmp_path)
     there = {}
     for name, (days, removed) in LEFT.items():
-        path = tmp_path / "out" / name.format(codes=codes)
+        path = codes / name
         (path if name.endswith("/") else path.parent).mkdir(exist_ok=True)
         if not name.endswith("/"):
             path.touch()
