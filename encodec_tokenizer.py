@@ -383,6 +383,7 @@ class Clip:
     name: str = ""  # fname as a normal path below the audio folder; its codes have this name
     file: str = ""  # the file that the name means, as a path below the audio folder
     path: Path | None = None  # the same with the audio folder before it
+    folder: int = 0  # inode of the audio folder
     stamp: Stamp | None = None  # of the file; None if there is no such file
     error: str = ""  # why the clip cannot be tokenized
     sha256: str = ""  # of the encoded content; empty until the clip has codes
@@ -394,6 +395,14 @@ class Dataset:
     stem: str  # the middle of the output files' names
     audio_dir: Path
     clips: list[Clip]  # in the table's order
+
+    @cached_property
+    def inode(self) -> int:
+        """The audio folder's, which is the same after a move; 0 if there is no such folder."""
+        try:
+            return os.stat(self.audio_dir).st_ino
+        except OSError:
+            return 0
 
     @cached_property
     def index(self) -> dict[str, set[str]]:
@@ -526,7 +535,7 @@ def find_file(clip: Clip, dataset: Dataset, file: str | None = None) -> None:
     `file` is a path below the audio folder (default: the file that the clip's name means).
     Raises OSError: the machine is at fault.
     """
-    clip.stamp, clip.error = None, ""
+    clip.folder, clip.stamp, clip.error = dataset.inode, None, ""
     try:
         clip.name = name_below(dataset.audio_dir, clip.fname)
         clip.file = file or file_of_name(clip.name, dataset)
@@ -1363,6 +1372,7 @@ class Kept:
     """
 
     file: str  # path below the audio folder
+    folder: int  # inode of the audio folder
     stamp: Stamp  # of the file
     sha256: str  # of the file
     duration_sec: float  # of the file, before padding or resampling
@@ -1466,6 +1476,16 @@ def may_use(kept: Kept, clip: Clip, max_duration_s: float, compare: bool) -> boo
     return usable
 
 
+def still_means(kept: Kept, clip: Clip, dataset: Dataset) -> bool:
+    """Tell whether a clip's name means the file that was encoded, there or not, and no other.
+
+    It does not if the name is there as it stands, nor in another audio folder without that file.
+    """
+    if clip.stamp and clip.file == clip.name:
+        return False
+    return kept.folder == clip.folder or os.path.isfile(dataset.audio_dir / kept.file)
+
+
 def find_kept(dataset: Dataset, folder: Path, max_duration_s: float) -> int:
     """Find the clips whose codes are kept; returns how many files of theirs are gone.
 
@@ -1477,7 +1497,7 @@ def find_kept(dataset: Dataset, folder: Path, max_duration_s: float) -> int:
         if kept is None:
             continue
         is_guess = clip.file != clip.name
-        if kept.file != clip.file and (is_guess or not clip.stamp):
+        if kept.file != clip.file and still_means(kept, clip, dataset):
             find_file(clip, dataset, kept.file)
             if is_guess and not clip.stamp:
                 unused.append(f"{clip.fname} keeps the codes of {kept.file}")
@@ -1517,7 +1537,8 @@ def look_again(clip: Clip, folder: Path, max_duration_s: float) -> Kept | None:
     if kept and kept.stamp != clip.stamp:
         with suppress(OSError, BadClip):  # it only saves the next run this comparison
             if look_at(clip.path) == clip.stamp:
-                write_kept(folder, clip.name, replace(kept, file=clip.file, stamp=clip.stamp))
+                now = replace(kept, file=clip.file, folder=clip.folder, stamp=clip.stamp)
+                write_kept(folder, clip.name, now)
     return kept
 
 
@@ -1537,6 +1558,7 @@ def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[
     starts, chunks = split_chunks(resample(samples, rate, settings), settings)
     kept = Kept(
         file=clip.file,
+        folder=clip.folder,
         stamp=stamp,
         sha256=digest,
         duration_sec=samples.shape[1] / rate,

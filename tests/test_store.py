@@ -108,18 +108,28 @@ def test_rows_of_one_name_are_encoded_once(order, again, root, tmp_path):
     assert again("--input_dir", root) == 0
 
 
-def test_swapped_folders_are_told_apart(again, sound, tmp_path):
-    """Files that are written within 4 ms may have equal times."""
-    for i in range(20):
-        for seed, kind in enumerate(("cat", "dog")):
-            (tmp_path / "pets" / kind).mkdir(parents=True, exist_ok=True)
-            soundfile.write(tmp_path / "pets" / kind / f"{i}.wav", sound(0.1, seed=seed), 44_100)
-    assert again("--audio_dir", tmp_path / "pets") == 40
+class EqualTimes:
+    """What os.stat says of files that Linux has stamped within the same 4 ms."""
+
+    def __init__(self, status):
+        self.status = status
+
+    def __getattr__(self, name):
+        return 1 if name in ("st_mtime_ns", "st_ctime_ns") else getattr(self.status, name)
+
+
+def test_swapped_folders_of_equal_times_are_told_apart(again, sound, tmp_path, monkeypatch):
+    for i, kind in enumerate(("cat", "dog")):
+        (tmp_path / "pets" / kind).mkdir(parents=True)
+        soundfile.write(tmp_path / "pets" / kind / "0.wav", sound(0.3, 8_000, seed=i), 8_000)
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda *args, **kwargs: EqualTimes(stat(*args, **kwargs)))
+    assert again("--audio_dir", tmp_path / "pets") == 2
     (tmp_path / "pets" / "cat").rename(tmp_path / "x")
     (tmp_path / "pets" / "dog").rename(tmp_path / "pets" / "cat")
     (tmp_path / "x").rename(tmp_path / "pets" / "dog")
-    assert again("--audio_dir", tmp_path / "pets") == 40
-    assert again("--audio_dir", tmp_path / "pets", "--output_dir", tmp_path / "fresh") == 40
+    assert again("--audio_dir", tmp_path / "pets") == 2
+    assert again("--audio_dir", tmp_path / "pets", "--output_dir", tmp_path / "fresh") == 2
     csvs = [tmp_path / out / "tokenized_pets.csv" for out in ("out", "fresh")]
     assert csvs[0].read_bytes() == csvs[1].read_bytes()
 
@@ -149,6 +159,22 @@ def test_kept_codes_win_over_guessing_what_a_name_means(run, root, sound, tmp_pa
     other(audio / "0.wav")
     assert "(1 encoded now" in run(*flags)[1]
     assert (tmp_path / "out" / CSV).read_bytes() != first
+
+
+def test_another_folder_has_its_own_files_by_the_same_names(run, sound, tmp_path):
+    """Also where they have other paths; a moved folder is the same one."""
+    (tmp_path / "mine.csv").write_text("fname\n0\n")
+    for i, name in enumerate(("A/x/0.wav", "B/y/0.flac")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        soundfile.write(tmp_path / name, sound(0.3, 8_000, seed=i), 8_000)
+    flags = ("--metadata", tmp_path / "mine.csv", "--target_duration", "0.5", "--overwrite")
+    assert "(1 encoded now" in run(*flags, "--audio_dir", tmp_path / "A")[1]
+    assert "(1 encoded now" in run(*flags, "--audio_dir", tmp_path / "B")[1]
+    (tmp_path / "B").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "y" / "0.flac").unlink()
+    shutil.copy(tmp_path / "A" / "x" / "0.wav", tmp_path / "moved" / "0.wav")
+    _, out, err = run(*flags, "--audio_dir", tmp_path / "moved")
+    assert "(0 encoded now" in out and "0 keeps the codes of y/0.flac" in err
 
 
 def test_codes_written_during_a_comparison_are_not_removed(again, root, tmp_path, monkeypatch):
@@ -347,6 +373,7 @@ def kept():
     arrays = {"codes": codes, "latent": codes[0], "medoid": 1, "start_sec": np.array([0.0, 1.8])}
     return Kept(
         file="a.wav",
+        folder=4,
         stamp=[5, 6, 7, 8],
         sha256="a" * 64,
         duration_sec=2.5,
