@@ -1531,15 +1531,22 @@ def look_again(clip: Clip, folder: Path, max_duration_s: float) -> Kept | None:
     while kept and not may_use(kept, clip, max_duration_s, compare=True):
         now = read_kept(folder, clip.name)
         if now == kept:
+            check_unchanged(clip)
             kept_path(folder, clip.name).unlink(missing_ok=True)
             return None
         kept = now  # another process has just written these
     if kept and kept.stamp != clip.stamp:
         with suppress(OSError, BadClip):  # it only saves the next run this comparison
-            if look_at(clip.path) == clip.stamp:
-                now = replace(kept, file=clip.file, folder=clip.folder, stamp=clip.stamp)
-                write_kept(folder, clip.name, now)
+            check_unchanged(clip)
+            now = replace(kept, file=clip.file, folder=clip.folder, stamp=clip.stamp)
+            write_kept(folder, clip.name, now)
     return kept
+
+
+def check_unchanged(clip: Clip) -> None:
+    """Raise BadClip if a clip's file is not as the run has found it (some disks change inodes)."""
+    if look_at(clip.path)[:3] != clip.stamp[:3]:
+        raise BadClip("the file changed while it was read; the next run tries it again")
 
 
 def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[torch.Tensor]]:
@@ -1548,18 +1555,16 @@ def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[
     Raises BadClip: the clip is at fault. OSError, with its path: the machine is at fault.
     """
     model = MODELS[settings.model]
-    stamp = look_at(clip.path)
     try:
         samples, rate, digest = read_audio(clip.path, model.channels, settings.max_duration)
     except OSError as error:
         raise BadClip(fault_of_file(error, clip.path)) from error
-    if look_at(clip.path) != stamp:
-        raise BadClip("the file changed while it was read; the next run tries it again")
+    check_unchanged(clip)
     starts, chunks = split_chunks(resample(samples, rate, settings), settings)
     kept = Kept(
         file=clip.file,
         folder=clip.folder,
-        stamp=stamp,
+        stamp=clip.stamp,
         sha256=digest,
         duration_sec=samples.shape[1] / rate,
         silent=not samples.any(),
