@@ -46,8 +46,9 @@ import unicodedata
 import uuid
 import warnings
 import zipfile
+import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -56,7 +57,7 @@ from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -98,7 +99,7 @@ NUM_CODES = 1024  # entries of a codebook
 UNTRAINED = "untrained (seed 0)"
 UNTRAINED_WARNING = "These tokens are for testing only and have no meaning."
 PACKAGES = ("torch", "torchaudio", "encodec", "soundfile", "numpy", "torchcodec")
-KEPT_FORMAT = 1  # raise it when codes change: then all clips are encoded anew
+KEPT_FORMAT = 2  # raise it when codes or their files change: then all clips are encoded anew
 
 
 def environment_number(name: str, default: int) -> int:
@@ -423,21 +424,27 @@ CLIP_ERRNOS = {
     errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EEXIST, errno.ENOTEMPTY,
 }  # fmt: skip
 NO_FILE = "no such file"
-Stamp = list[int]  # a file's size in bytes, mtime and ctime in nanoseconds
+Stamp = list[int]  # a file's size in bytes, mtime and ctime in nanoseconds, and inode
 
 
 @dataclass(eq=False, slots=True)
 class Clip:
-    """One row of the dataset's table, and how far it has come."""
+    """One row of the dataset's table, and how far it has come.
+
+    find_file sets the fields from `name` to `error`. find_kept and encode_group set `sha256` when
+    the clip has codes, or `error`.
+    """
 
     fname: str
     labels: str = ""
     extra: dict[str, str] = field(default_factory=dict)  # cells of --metadata's further columns
-    name: str = ""  # fname as a path below the audio folder; names the file that keeps its codes
-    path: Path | None = None  # its file
-    stamp: Stamp | None = None  # of its file; None if there is none
-    error: str = ""  # why it cannot be tokenized
-    sha256: str = ""  # of the file whose codes are kept; empty as long as there are none
+    name: str = ""  # fname as a normal path below the audio folder; its codes have this name
+    file: str = ""  # the file that the name means, as a path below the audio folder
+    path: Path | None = None  # the same with the audio folder before it
+    folder: int = 0  # inode of the audio folder
+    stamp: Stamp | None = None  # of the file; None if there is no such file
+    error: str = ""  # why the clip cannot be tokenized
+    sha256: str = ""  # of the encoded content; empty until the clip has codes
     encoded_s: float = 0.0  # seconds of audio that this process has encoded
 
 
@@ -446,6 +453,14 @@ class Dataset:
     stem: str  # the middle of the output files' names
     audio_dir: Path
     clips: list[Clip]  # in the table's order
+
+    @cached_property
+    def inode(self) -> int:
+        """The audio folder's, which is the same after a move; 0 if there is no such folder."""
+        try:
+            return os.stat(self.audio_dir).st_ino
+        except OSError:
+            return 0
 
     @cached_property
     def index(self) -> dict[str, set[str]]:
@@ -483,11 +498,9 @@ def find_datasets(settings: Settings) -> list[Dataset]:
             name = os.path.realpath(path or dataset.audio_dir)
             if name != printable(name):  # the outputs hold it as text
                 raise UserError(f"{printable(name)}: this name is not UTF-8: rename it")
-        names = {}
         for clip in dataset.clips:
             if not clip.error:
                 find_file(clip, dataset)
-            clip.name = names.setdefault(clip.path, clip.name)  # two spellings of a name are one
     return datasets
 
 
@@ -609,27 +622,35 @@ def normalized_name(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def find_file(clip: Clip, dataset: Dataset) -> None:
-    """Fill in a clip's name, path and stamp, or the reason why it has none.
+def find_file(clip: Clip, dataset: Dataset, file: str | None = None) -> None:
+    """Set a clip's name, file, path and stamp, or the reason why it has no file.
 
-    The name is tried as it stands, then as that of the only file that it fits in the index.
+    `file` is a path below the audio folder (default: the file that the clip's name means).
     Raises OSError: the machine is at fault.
     """
+    clip.folder, clip.stamp, clip.error = dataset.inode, None, ""
     try:
         clip.name = name_below(dataset.audio_dir, clip.fname)
-        clip.path = dataset.audio_dir / clip.name
-        if not os.path.isfile(clip.path):
-            key = normalized_name(clip.name)
-            fitting = dataset.index.get(key, {clip.name})
-            fitting = {file for file in fitting if file.count("/") == key.count("/")} or fitting
-            if len(fitting) > 1:
-                raise BadClip(f"several files fit this name: {', '.join(sorted(fitting)[:5])}")
-            clip.path = dataset.audio_dir / next(iter(fitting))
+        clip.file = file or file_of_name(clip.name, dataset)
+        clip.path = dataset.audio_dir / clip.file
         clip.stamp = look_at(clip.path)
     except BadClip as reason:
         clip.error = str(reason)
-        if clip.error == NO_FILE and "\N{REPLACEMENT CHARACTER}" in clip.fname:
-            clip.error += "; the name is not UTF-8: rename the file"
+
+
+def file_of_name(name: str, dataset: Dataset) -> str:
+    """Return the file that a clip's name means: as it stands, or the only one that it fits.
+
+    A name that fits no file is returned as it is. Raises BadClip: it fits several files.
+    """
+    if os.path.isfile(dataset.audio_dir / name):
+        return name
+    key = normalized_name(name)
+    files = dataset.index.get(key, {name})
+    files = {file for file in files if file.count("/") == key.count("/")} or files
+    if len(files) > 1:
+        raise BadClip(f"several files fit this name: {', '.join(sorted(files)[:5])}")
+    return next(iter(files))
 
 
 def name_below(folder: Path, fname: str) -> str:
@@ -644,17 +665,20 @@ def name_below(folder: Path, fname: str) -> str:
 
 
 def fault_of_file(error: OSError, path: Path) -> str:
-    """Say what is wrong with a file. Raises the error itself: the machine is at fault."""
-    error.filename = error.filename or str(path)  # an error of reading has none
+    """Say what is wrong with a file. Raises an OSError with its path: the machine is at fault."""
     if error.errno not in CLIP_ERRNOS:
-        raise error
+        raise OSError(error.errno, error.strerror or str(error), error.filename or str(path))
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return NO_FILE
     return f"cannot be opened: {error.strerror}"
 
 
 def look_at(path: Path) -> Stamp:
-    """Return a file's stamp; ctime, because `rsync -t`, `cp -p` and unzip set the mtime."""
+    """Return a file's stamp. Raises BadClip: it is no file, or cannot be reached.
+
+    ctime, because `rsync -t`, `cp -p` and unzip set the mtime. The inode, because Linux gives equal
+    times to files that are written within 4 ms.
+    """
     try:
         status = os.stat(path)
     except OSError as error:
@@ -662,7 +686,7 @@ def look_at(path: Path) -> Stamp:
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise BadClip(f"{kind}, not a file")
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def read_lines(csv_path: Path) -> list[str]:
@@ -1750,22 +1774,35 @@ GROUP_CLIPS = 16  # clips that are loaded and encoded together, at most
 GROUP_SECONDS = 120  # of audio that a group holds at a time, but at least one clip
 
 
-@dataclass(eq=False, slots=True)
+# A new field without a default makes all kept codes absent.
+@dataclass(frozen=True, kw_only=True)
 class Kept:
-    """All that is kept of a clip: an .npz of the two arrays and, as JSON, of the other `facts`."""
+    """All that is kept of a clip: an .npz of arrays, whose comment holds the other fields as JSON.
 
-    codes: np.ndarray  # [N, K, F] of the clip's N chunks, uint16
-    latent: np.ndarray  # [K, F], uint16: the codes of the mean of the chunks' latents
-    medoid: int  # the chunk whose latents are nearest to that mean (Euclidean)
-    start_sec: list[float]  # [N]: where the chunks start
-    duration_sec: float  # of the file, before padding or resampling
-    silent: bool  # all samples are zero
+    An array is parsed when it is first used, which takes 0.1 ms.
+    """
+
+    file: str  # path below the audio folder
+    folder: int  # inode of the audio folder
     stamp: Stamp  # of the file
     sha256: str  # of the file
+    duration_sec: float  # of the file, before padding or resampling
+    silent: bool  # all samples are zero
+    num_chunks: int
     made_with: str  # the hash at the end of the folder's name
+    arrays: Mapping[str, np.ndarray] | None = field(default=None, compare=False)
+
+    # The codes of the N chunks: [N, K, F], uint16.
+    codes = cached_property(lambda kept: kept.arrays["codes"])
+    # The codes of the mean of the chunks' latents: [K, F], uint16.
+    latent = cached_property(lambda kept: kept.arrays["latent"])
+    # The chunk whose latents are nearest to that mean (Euclidean).
+    medoid = cached_property(lambda kept: int(kept.arrays["medoid"]))
+    # Where the chunks start: [N].
+    start_sec = cached_property(lambda kept: kept.arrays["start_sec"].tolist())
 
 
-FACTS = [field.name for field in fields(Kept)][2:]
+FACTS = [field.name for field in fields(Kept) if field.name != "arrays"]
 
 
 def kept_path(folder: Path, name: str) -> Path:
@@ -1776,48 +1813,47 @@ def kept_path(folder: Path, name: str) -> Path:
     return folder / above / f"{last}.npz"
 
 
-def read_kept(folder: Path, name: str) -> Kept | None:
-    """Read what is kept of a clip. All that is not whole counts as absent."""
+def read_kept(folder: Path, name: str, with_arrays: bool = True) -> Kept | None:
+    """Read what is kept of a clip. None if it is missing or damaged."""
     path = kept_path(folder, name)
     try:
         data = path.read_bytes()
     except OSError as error:
         fault_of_file(error, path)  # raises the machine's
         return None
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as members:
-            # ZipFile.read checks the CRC of a whole member; np.load on a path does not always.
-            names = ("codes.npy", "latent.npy", "facts.npy")
-            codes, latent, facts = (np.load(io.BytesIO(members.read(name))) for name in names)
-        kept = Kept(codes, latent, **json.loads(facts.item()))
-        is_whole = (
-            kept.made_with == folder.name.rpartition("-")[2]
-            and kept.codes.dtype == kept.latent.dtype == np.uint16
-            and kept.codes.shape == (len(kept.start_sec), *kept.latent.shape)
-            and max(kept.codes.max(), kept.latent.max()) < NUM_CODES  # fails without codes
-            and 0 <= kept.medoid < len(kept.codes)
-            and 0 < kept.duration_sec < math.inf
-            and all(0 <= start < math.inf for start in kept.start_sec)
-            and len(kept.stamp) == 3
-            and len(kept.sha256) == 64
-        )
-    except MemoryError:
-        raise
-    except Exception:  # a damaged archive raises a dozen kinds
+    if data[-8:] != b"%08x" % zlib.crc32(memoryview(data)[:-8]):
         return None
-    return kept if is_whole else None
+    try:
+        # The comment follows 22 bytes that begin so, and JSON has no control characters.
+        comment = data[data.rindex(b"PK\5\6") + 22 : -8]
+        kept = Kept(**json.loads(comment))
+    except (TypeError, ValueError):  # TypeError: another version has written other fields
+        return None
+    if kept.made_with != folder.name.rpartition("-")[2]:
+        return None
+    return replace(kept, arrays=np.load(io.BytesIO(data))) if with_arrays else kept
+
+
+def pack_kept(kept: Kept) -> bytes:
+    """Return a clip's .npz file. It ends in its comment, which ends in the CRC of all before it."""
+    file = io.BytesIO()  # np.savez seeks back, which some disks do not allow
+    np.savez_compressed(file, **kept.arrays)
+    facts = {name: getattr(kept, name) for name in FACTS}
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = json.dumps(facts).encode() + bytes(8)
+    data = file.getvalue()[:-8]
+    return data + b"%08x" % zlib.crc32(data)
 
 
 def write_kept(folder: Path, name: str, kept: Kept) -> None:
-    """Write what is kept of a clip in one atomic step.
+    """Write what is kept of a clip in one atomic step, and by one write: some disks only append.
 
-    Raises BadClip: the file system does not take the clip's name. OSError: any other fault.
+    Raises BadClip: the file system does not take the clip's name. OSError, with the path: any other
+    fault.
     """
     path, temporary = kept_path(folder, name), folder / f"{uuid.uuid4().hex}.tmp"
     try:
-        with temporary.open("wb") as file:
-            facts = json.dumps({name: getattr(kept, name) for name in FACTS})
-            np.savez_compressed(file, codes=kept.codes, latent=kept.latent, facts=facts)
+        temporary.write_bytes(pack_kept(kept))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(path)
@@ -1825,27 +1861,60 @@ def write_kept(folder: Path, name: str, kept: Kept) -> None:
             if error.errno not in CLIP_ERRNOS - {errno.EACCES, errno.EPERM}:
                 raise
             raise BadClip(f"its codes cannot be kept under its name: {error.strerror}") from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
-def find_kept(dataset: Dataset, folder: Path, settings: Settings) -> int:
-    """Give each clip the checksum of the codes that are kept of it; count the files that are gone.
+def may_use(kept: Kept, clip: Clip, settings: Settings, compare: bool) -> bool:
+    """Tell whether the codes that are kept under a clip's name are those of its file.
 
-    Codes of a file that has other times or another size now do not count yet: see take_kept.
+    They are if the file is gone, or has the stamp that it had. Otherwise, as after a copy, its
+    content decides, which is read only if `compare`.
+    Raises BadClip: the clip is too long, or its file cannot be read.
+    """
+    is_gone = clip.error.startswith(NO_FILE)
+    usable = is_gone or clip.stamp == kept.stamp
+    if not usable and compare:
+        try:
+            usable = sha256_of(clip.path) == kept.sha256
+        except OSError as error:
+            raise BadClip(fault_of_file(error, clip.path)) from error
+    if usable:
+        check_duration(kept.duration_sec, settings)
+    return usable
+
+
+def still_means(kept: Kept, clip: Clip, dataset: Dataset) -> bool:
+    """Tell whether a clip's name means the file that was encoded, there or not, and no other.
+
+    It does not if the name is there as it stands, nor in another audio folder without that file.
+    """
+    if clip.stamp and clip.file == clip.name:
+        return False
+    return kept.folder == clip.folder or os.path.isfile(dataset.audio_dir / kept.file)
+
+
+def find_kept(dataset: Dataset, folder: Path, settings: Settings) -> int:
+    """Find the clips whose codes are kept; returns how many files of theirs are gone.
+
+    What a name meant when it was encoded counts more than a file that it fits now.
     """
     num_gone = 0
     for clip in show_progress(dataset.clips, f"{dataset.stem}: looking for codes", delay=2):
-        kept = read_kept(folder, clip.name)
-        is_gone = clip.error.startswith(NO_FILE)
-        if kept and (is_gone or clip.stamp == kept.stamp):
-            num_gone += is_gone
-            try:
-                check_duration(kept.duration_sec, settings)
+        kept = read_kept(folder, clip.name, with_arrays=False)
+        if kept is None:
+            continue
+        if kept.file != clip.file and still_means(kept, clip, dataset):
+            find_file(clip, dataset, kept.file)
+        try:
+            if may_use(kept, clip, settings, compare=False):
+                num_gone += not clip.stamp
                 clip.sha256, clip.error = kept.sha256, ""
-            except BadClip as reason:
-                clip.error = str(reason)
+        except BadClip as reason:
+            clip.error = str(reason)
     return num_gone
 
 
@@ -1855,67 +1924,75 @@ def show_progress(clips: list[Clip], what: str, **options: object) -> tqdm:
     return tqdm(clips, what, unit="clip", mininterval=interval, position=LOCAL_RANK, **options)
 
 
-def take_kept(clip: Clip, folder: Path) -> Kept | None:
-    """Look again for a clip's codes, which another process may have made meanwhile.
+def look_again(clip: Clip, folder: Path, settings: Settings) -> Kept | None:
+    """Look again for a clip's codes: another process may have made them since find_kept.
 
-    Where only the file's stamp differs, as after a copy, its content decides. Codes of another
-    content are removed, so that they never come back. Raises OSError.
+    Codes of another content are removed, so that they never come back. For errors see may_use.
     """
     kept = read_kept(folder, clip.name)
-    if kept and clip.stamp != kept.stamp:
-        if sha256_of(clip.path) != kept.sha256:
+    while kept and not may_use(kept, clip, settings, compare=True):
+        now = read_kept(folder, clip.name)
+        if now == kept:
+            check_unchanged(clip)
             kept_path(folder, clip.name).unlink(missing_ok=True)
             return None
-        kept.stamp = clip.stamp
+        kept = now  # another process has just written these
+    if kept and kept.stamp != clip.stamp:
         with suppress(OSError, BadClip):  # it only saves the next run this comparison
-            write_kept(folder, clip.name, kept)
+            check_unchanged(clip)
+            now = replace(kept, file=clip.file, folder=clip.folder, stamp=clip.stamp)
+            write_kept(folder, clip.name, now)
     return kept
 
 
-def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[dict, list[torch.Tensor]]:
-    """Read a clip's file: returns the facts of Kept besides its codes, and the chunks [C, T].
+def check_unchanged(clip: Clip) -> None:
+    """Raise BadClip if a clip's file is not as the run has found it (some disks change inodes)."""
+    if look_at(clip.path)[:3] != clip.stamp[:3]:
+        raise BadClip("the file changed while it was read; the next run tries it again")
 
-    For a clip whose codes are kept: only the checksum, and no chunks.
-    Raises BadClip: the clip is at fault. OSError, with a path: the machine is at fault.
+
+def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[torch.Tensor]]:
+    """Read a clip's file: returns what will be kept of it besides codes, and its chunks [C, T].
+
+    Raises BadClip: the clip is at fault. OSError, with its path: the machine is at fault.
     """
-    spec, chunks = MODELS[settings.model], []
+    model = MODELS[settings.model]
     try:
-        kept = take_kept(clip, folder)
-        if kept:
-            check_duration(kept.duration_sec, settings)
-            facts = {"sha256": kept.sha256}
-        else:
-            samples, rate, digest = read_audio(clip.path, spec.channels, settings)
-            starts, chunks = split_chunks(resample(samples, rate, settings), settings)
-            facts = {
-                "start_sec": [start / spec.sample_rate for start in starts],
-                "duration_sec": samples.shape[1] / rate,
-                "silent": not samples.any(),
-                "stamp": clip.stamp,
-                "sha256": digest,
-                "made_with": folder.name.rpartition("-")[2],
-            }
-        if look_at(clip.path) != clip.stamp:
-            raise BadClip("the file changed while it was read; the next run tries it again")
+        samples, rate, digest = read_audio(clip.path, model.channels, settings)
     except OSError as error:
-        if error.filename not in (None, str(clip.path)):  # of the codes
-            raise
         raise BadClip(fault_of_file(error, clip.path)) from error
-    return facts, chunks
+    check_unchanged(clip)
+    starts, chunks = split_chunks(resample(samples, rate, settings), settings)
+    kept = Kept(
+        file=clip.file,
+        folder=clip.folder,
+        stamp=clip.stamp,
+        sha256=digest,
+        duration_sec=samples.shape[1] / rate,
+        silent=not samples.any(),
+        num_chunks=len(chunks),
+        made_with=folder.name.rpartition("-")[2],
+        arrays={"start_sec": np.array(starts) / model.sample_rate},
+    )
+    return kept, chunks
 
 
 def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
-    """Load, encode and keep some clips. Each ends with its file's checksum, or with an error.
+    """Load, encode and keep some clips. Each ends with its content's checksum, or with an error.
 
     The codes of GROUP_SECONDS of audio are made together.
     Raises RunError: a file is gone. OSError: the machine is at fault.
     """
-    loaded, seconds = [], 0.0
+    settings, loaded, seconds = encoder.settings, [], 0.0
     for clip in group:
-        if encoder.settings.debug:
+        if settings.debug:
             say(f"{clip.fname}: loading")
         try:
-            facts, chunks = load_clip(clip, folder, encoder.settings)
+            kept = look_again(clip, folder, settings)
+            if kept:
+                clip.sha256 = kept.sha256
+                continue
+            kept, chunks = load_clip(clip, folder, settings)
         except BadClip as reason:
             clip.error = str(reason)
             if clip.error == NO_FILE:
@@ -1923,40 +2000,37 @@ def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
                     f"{clip.path} was there when the run began, and is gone now. Is its folder "
                     "still mounted? The same command resumes."
                 ) from reason
-            if encoder.settings.debug:
+            if settings.debug:
                 say(f"{clip.fname} [{clip.labels}]: FAILED: {reason}")
             continue
-        if not chunks:
-            clip.sha256 = facts["sha256"]
-            continue
-        seconds += facts["duration_sec"]
-        if seconds > GROUP_SECONDS:
+        if loaded and seconds + kept.duration_sec > GROUP_SECONDS:
             encode_clips(loaded, folder, encoder)
-            loaded, seconds = [], facts["duration_sec"]
-        loaded.append((clip, facts, chunks))
+            loaded, seconds = [], 0.0
+        loaded.append((clip, kept, chunks))
+        seconds += kept.duration_sec
     encode_clips(loaded, folder, encoder)
 
 
 def encode_clips(
-    loaded: list[tuple[Clip, dict, list[torch.Tensor]]], folder: Path, encoder: Encoder
+    loaded: list[tuple[Clip, Kept, list[torch.Tensor]]], folder: Path, encoder: Encoder
 ) -> None:
     """Encode clips of load_clip together, and keep their codes. Raises OSError: see write_kept."""
     encoded = encoder.encode([chunk for _, _, chunks in loaded for chunk in chunks])
-    for clip, facts, chunks in loaded:
-        codes, latents = zip(*(next(encoded) for _ in chunks))
-        latent, medoid = codes[0], 0
+    for clip, kept, chunks in loaded:
+        codes, latents = zip(*islice(encoded, len(chunks)))
+        arrays = {"codes": np.stack(codes), "latent": codes[0], "medoid": 0}
         if len(chunks) > 1:
             latents = torch.stack(latents)  # [N, D, F]
             mean = latents.mean(dim=0, keepdim=True)
-            latent = encoder.quantize(mean)[0]
-            medoid = int((latents - mean).pow(2).sum(dim=(1, 2)).argmin())
+            arrays["latent"] = encoder.quantize(mean)[0]
+            arrays["medoid"] = int((latents - mean).pow(2).sum(dim=(1, 2)).argmin())
         try:
-            write_kept(folder, clip.name, Kept(np.stack(codes), latent, medoid, **facts))
-            clip.sha256, clip.encoded_s = facts["sha256"], facts["duration_sec"]
+            write_kept(folder, clip.name, replace(kept, arrays=kept.arrays | arrays))
+            clip.sha256, clip.encoded_s = kept.sha256, kept.duration_sec
         except BadClip as reason:
             clip.error = str(reason)
         if encoder.settings.debug:
-            what = f"{facts['duration_sec']:.3f} s, {counted(len(chunks), 'chunk')} {clip.error}"
+            what = f"{kept.duration_sec:.3f} s, {counted(len(chunks), 'chunk')} {clip.error}"
             say(f"{clip.fname} [{clip.labels}]: {what}")
 
 
@@ -2019,9 +2093,9 @@ def update_progress(bar: tqdm, clips: list[Clip], started: float) -> None:
 COLUMNS: dict[str, Callable[[Clip, Kept, int], object]] = {
     "fname": lambda clip, kept, row: clip.fname,
     "labels": lambda clip, kept, row: clip.labels,
-    "num_tokens": lambda clip, kept, row: kept.latent.size,
-    "token_shape": lambda clip, kept, row: str(kept.latent.shape),
-    "num_chunks": lambda clip, kept, row: len(kept.codes),
+    "num_tokens": lambda clip, kept, row: kept.codes[0].size,
+    "token_shape": lambda clip, kept, row: str(kept.codes.shape[1:]),
+    "num_chunks": lambda clip, kept, row: kept.num_chunks,
     "duration_sec": lambda clip, kept, row: round(kept.duration_sec, 6),
 }
 CHUNK_COLUMNS: dict[str, Callable[[Clip, Kept, int], object]] = {  # with --aggregate none
@@ -2134,7 +2208,7 @@ def rows_of(job: Job) -> Iterator[tuple[Clip, Kept, list[tuple[dict[str, object]
 class Totals(NamedTuple):
     """Counts over all clips that the JSON, the summary and the picture need."""
 
-    done: list[tuple[Clip, Kept]]  # without the codes
+    done: list[tuple[Clip, Kept]]  # without the arrays
     shapes: Counter[tuple[int, ...]]  # (K, F) of the rows
     counts: np.ndarray  # [K, 1024]: how often the chunks have each code
 
@@ -2146,17 +2220,16 @@ def write_csv(job: Job, path: Path) -> Totals:
         writer = csv.writer(file, lineterminator="\n")
         for clip, kept, rows in rows_of(job):
             if not done:
-                names = ["tokens"] if whole else [f"token_{i}" for i in range(kept.latent.size)]
+                names = ["tokens"] if whole else [f"token_{i}" for i in range(kept.codes[0].size)]
                 writer.writerow([*rows[0][0], *names])
             for cells, codes in rows:
                 tokens = codes.ravel().tolist()
                 tokens = [" ".join(map(str, tokens))] if whole else tokens
                 writer.writerow([*cells.values(), *tokens])
-            shapes[kept.latent.shape] += len(rows)
+            shapes[kept.codes.shape[1:]] += len(rows)
             books = kept.codes.swapaxes(0, 1)  # [K, N, F]
             counts += np.array([np.bincount(book.ravel(), minlength=NUM_CODES) for book in books])
-            kept.codes = kept.latent = None  # memory
-            done.append((clip, kept))
+            done.append((clip, replace(kept, arrays=None)))  # memory
         file.flush()
         os.fsync(file.fileno())
     return Totals(done, shapes, counts)
@@ -2223,7 +2296,7 @@ def summarize(job: Job, totals: Totals) -> dict[str, object]:
         "tokens_in_all": sum(lengths),
         "average_duration_sec": round(seconds.mean(), 2),
         "total_duration_sec": round(seconds.sum(), 1),
-        "average_chunks_per_clip": round(np.mean([len(one.start_sec) for one in kept]), 2),
+        "average_chunks_per_clip": round(np.mean([one.num_chunks for one in kept]), 2),
         "padded_clips": int((padding > 0).sum()),
         "total_padding_sec": round(float(padding.sum()), 1),
         "silent_clips": [clip.fname for clip, one in totals.done if one.silent],
@@ -2263,7 +2336,9 @@ def write_outputs(job: Job) -> int:
     """
     clips, failed, parent = job.dataset.clips, job.output("failed", "csv"), job.settings.output_dir
     failures = [(clip.fname, clip.error) for clip in clips if clip.error]
-    num_done, num_new = len(clips) - len(failures), sum(clip.encoded_s > 0 for clip in clips)
+    num_done = len(clips) - len(failures)
+    encoded = {clip.name for clip in clips if clip.encoded_s}  # several rows may have one name
+    num_new = sum(clip.name in encoded for clip in clips)
     remove_old(parent, ".unfinished-*")
     with TemporaryDirectory(prefix=".unfinished-", dir=parent, ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -2319,12 +2394,16 @@ def write_views(job: Job, folder: Path) -> list[Path]:
     return [*new, job.csv]
 
 
-def remove_old(folder: Path, pattern: str) -> None:
-    """Remove what killed runs have left for a day; younger things may belong to a living one."""
+def remove_old(folder: Path, pattern: str, remove: Callable[[Path], None] = shutil.rmtree) -> None:
+    """Remove what killed runs have left for a day; younger things may belong to a living one.
+
+    `pattern` is a glob that only our own names fit. `remove` fails, as it must, on other kinds of
+    things: rmtree on files, unlink on folders.
+    """
     for path in folder.glob(pattern):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > 86_400:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
 
 
 # ------------------------------------------------------------------------------------- the picture
@@ -2360,7 +2439,7 @@ def write_picture(job: Job, totals: Totals, facts: dict, path: Path) -> None:
         durations, chunks, books = panels[0]
         durations.hist([kept.duration_sec for _, kept in done], bins=40)
         durations.set(xlabel="duration of a clip (s)", ylabel="clips")
-        counts = Counter(len(kept.start_sec) for _, kept in done)
+        counts = Counter(kept.num_chunks for _, kept in done)
         chunks.bar(counts.keys(), counts.values())
         chunks.set(xlabel="chunks of a clip", ylabel="clips")
         for name, label in {"codes_in_use": "in use", "perplexity": "perplexity"}.items():
@@ -2451,7 +2530,7 @@ def prepare(job: Job) -> None:
             raise PermissionError(errno.EACCES, "it is read-only", str(output_dir))
     except OSError as error:
         raise UserError(f"--output_dir {output_dir} cannot be used: {error}") from error
-    remove_old(job.codes, "*.tmp")
+    remove_old(job.codes, "[0-9a-f]" * 32 + ".tmp", os.unlink)  # see write_kept
 
 
 def main(argv: list[str] | None = None, settings: Settings | None = None) -> int:

@@ -151,15 +151,15 @@ def signal_at_rename(number: int) -> None:
 
 
 def at_clip(name: str, what: Callable[..., None], *args: object) -> None:
-    """Call `what` in the thread that has decided to load the clip of that name."""
-    load_clip = script.load_clip
+    """Call `what` in the thread that has begun to load the clip of that name."""
+    read_audio = script.read_audio
 
-    def load(clip, *others):
-        if clip.fname == name:
+    def read(path, *others):
+        if path.name == name:
             what(*args)
-        return load_clip(clip, *others)
+        return read_audio(path, *others)
 
-    script.load_clip = load
+    script.read_audio = read
 
 
 def limit_file_size(max_bytes: int) -> None:

@@ -240,7 +240,7 @@ MACHINE = {
     "EIO": (partial(faults.fail_to_read, "007.wav", errno.EIO), "Input/output error: .*007.wav'"),
     "EIO at codes": (partial(faults.fail_to_read, ".npz", errno.EIO), "Input/output error: .*npz'"),
     "EIO at the JSON": (partial(faults.fail_to_read, ".json", errno.EIO), "Input/output error"),
-    "full disk at codes": (partial(faults.limit_file_size, 3_000), "File too large"),
+    "full disk at codes": (partial(faults.limit_file_size, 3_000), "File too large: .*npz'"),
     "full disk at the CSV": (partial(faults.limit_file_size, 15_000), "File too large"),
     "no memory": (partial(faults.no_memory, MemoryError("bad_alloc")), "out of memory: bad_alloc"),
     "no GPU memory": (partial(faults.no_memory, GPU), "out of memory: CUDA. Lower --batch_size"),

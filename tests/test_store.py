@@ -1,18 +1,20 @@
 """The codes that are kept: when they are used again, what is refused, what a damaged file does."""
 
+import errno
+import io
 import json
 import os
-import random
 import re
 import shutil
 import time
-from dataclasses import fields
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 
 import encodec_tokenizer
 from encodec_tokenizer import Kept, kept_path, read_kept, write_kept
@@ -86,13 +88,113 @@ def test_nothing_is_encoded_twice(change, flags, number, again, root, tmp_path):
     assert (tmp_path / "fresh" / CSV).read_bytes() == (tmp_path / "out" / CSV).read_bytes()
 
 
-def test_rows_of_one_file_are_encoded_once(again, root, tmp_path):
-    edit(root, lambda rows: ["0.wav,x", "./0.wav,y", "0,z", "1.wav,x"])
-    assert again("--input_dir", root) == 2
-    table = pd.read_csv(tmp_path / "out" / CSV)
-    tokens = table.filter(regex=r"^token_").to_numpy()
-    assert (tokens[0] == tokens[1]).all() and (tokens[0] == tokens[2]).all()
-    assert (tokens[0] != tokens[3]).any()
+def kept_names(folder):
+    """The files of codes below an output folder, without the settings' folder."""
+    return sorted("/".join(path.relative_to(folder).parts[2:]) for path in folder.rglob("*.npz"))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_rows_of_one_name_are_encoded_once(order, again, root, tmp_path):
+    """Each other spelling has codes of its own, so the order of rows makes no difference."""
+    rows = ["0.wav,x", "./0.wav,y", "0,z", "1.wav,x"]
+    edit(root, lambda _: rows[::order])
+    assert again("--input_dir", root) == 4  # rows
+    assert kept_names(tmp_path / "out") == ["0.npz", "0.wav.npz", "1.wav.npz"]
+    table = pd.read_csv(tmp_path / "out" / CSV, index_col="fname")
+    tokens = table.filter(regex=r"^token_").T
+    assert (tokens["0.wav"] == tokens["./0.wav"]).all() and (tokens["0.wav"] == tokens["0"]).all()
+    assert (tokens["0.wav"] != tokens["1.wav"]).any()
+    edit(root, lambda _: rows[::-order])
+    assert again("--input_dir", root) == 0
+
+
+class EqualTimes:
+    """What os.stat says of files that Linux has stamped within the same 4 ms."""
+
+    def __init__(self, status):
+        self.status = status
+
+    def __getattr__(self, name):
+        return 1 if name in ("st_mtime_ns", "st_ctime_ns") else getattr(self.status, name)
+
+
+def test_swapped_folders_of_equal_times_are_told_apart(again, sound, tmp_path, monkeypatch):
+    for i, kind in enumerate(("cat", "dog")):
+        (tmp_path / "pets" / kind).mkdir(parents=True)
+        soundfile.write(tmp_path / "pets" / kind / "0.wav", sound(0.3, 8_000, seed=i), 8_000)
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", lambda *args, **kwargs: EqualTimes(stat(*args, **kwargs)))
+    assert again("--audio_dir", tmp_path / "pets") == 2
+    (tmp_path / "pets" / "cat").rename(tmp_path / "x")
+    (tmp_path / "pets" / "dog").rename(tmp_path / "pets" / "cat")
+    (tmp_path / "x").rename(tmp_path / "pets" / "dog")
+    assert again("--audio_dir", tmp_path / "pets") == 2
+    assert again("--audio_dir", tmp_path / "pets", "--output_dir", tmp_path / "fresh") == 2
+    csvs = [tmp_path / out / "tokenized_pets.csv" for out in ("out", "fresh")]
+    assert csvs[0].read_bytes() == csvs[1].read_bytes()
+
+
+def test_kept_codes_win_over_guessing_what_a_name_means(run, root, sound, tmp_path):
+    """Files in deeper folders come and go; only one with the row's own path is encoded anew."""
+    audio, flags = root / "train_curated", ("--input_dir", root, "--target_duration", "0.5")
+    edit(root, lambda rows: ["0.wav,x"])
+    for folder in ("a/backup", "moved"):
+        (audio / folder).mkdir(parents=True)
+    (audio / "0.wav").rename(audio / "a" / "0.wav")
+    assert run(*flags)[0] == 0
+    first, codes = (tmp_path / "out" / CSV).read_bytes(), list((tmp_path / "out").rglob("*.npz"))
+    other = partial(soundfile.write, data=sound(0.2, 8_000, seed=7), samplerate=8_000)
+    steps = {  # what happens -> what is said of files that are gone
+        "another file fits": (partial(other, audio / "a" / "backup" / "0.wav"), ""),
+        "a third fits better": (partial(other, audio / "b.wav"), ""),
+        "the first is gone": ((audio / "a" / "0.wav").unlink, "0.wav keeps the codes of a/0.wav"),
+        "all are gone": ((audio / "a" / "backup" / "0.wav").unlink, "their codes are still there"),
+    }
+    for step, says in steps.values():
+        step()
+        status, out, err = run(*flags)
+        assert status == 0 and "(0 encoded now, 1 already there)" in out and says in err
+        assert ("gone" in err) == bool(says)
+        assert (tmp_path / "out" / CSV).read_bytes() == first and codes[0].exists()
+    other(audio / "0.wav")
+    assert "(1 encoded now" in run(*flags)[1]
+    assert (tmp_path / "out" / CSV).read_bytes() != first
+
+
+def test_another_folder_has_its_own_files_by_the_same_names(run, sound, tmp_path):
+    """Also where they have other paths; a moved folder is the same one."""
+    (tmp_path / "mine.csv").write_text("fname\n0\n")
+    for i, name in enumerate(("A/x/0.wav", "B/y/0.flac")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        soundfile.write(tmp_path / name, sound(0.3, 8_000, seed=i), 8_000)
+    flags = ("--metadata", tmp_path / "mine.csv", "--target_duration", "0.5", "--overwrite")
+    assert "(1 encoded now" in run(*flags, "--audio_dir", tmp_path / "A")[1]
+    assert "(1 encoded now" in run(*flags, "--audio_dir", tmp_path / "B")[1]
+    (tmp_path / "B").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "y" / "0.flac").unlink()
+    shutil.copy(tmp_path / "A" / "x" / "0.wav", tmp_path / "moved" / "0.wav")
+    _, out, err = run(*flags, "--audio_dir", tmp_path / "moved")
+    assert "(0 encoded now" in out and "0 keeps the codes of y/0.flac" in err
+
+
+def test_codes_written_during_a_comparison_are_not_removed(again, root, tmp_path, monkeypatch):
+    """By another process, which has encoded the new content."""
+    assert again("--input_dir", root) == 3
+    shutil.copy(root / "train_curated" / "1.wav", root / "train_curated" / "0.wav")
+    shutil.copytree(tmp_path / "out", tmp_path / "before")
+    assert again("--input_dir", root) == 1
+    (new,) = (tmp_path / "out").rglob("0.wav.npz")
+    (old,) = (tmp_path / "before").rglob("0.wav.npz")
+    content = new.read_bytes()
+    sha256_of = encodec_tokenizer.sha256_of
+
+    def compare(path):
+        new.write_bytes(content)
+        return sha256_of(path)
+
+    new.write_bytes(old.read_bytes())
+    monkeypatch.setattr(encodec_tokenizer, "sha256_of", compare)
+    assert again("--input_dir", root) == 0 and new.read_bytes() == content
 
 
 def test_a_group_holds_so_many_seconds_of_audio_at_a_time(again, root, monkeypatch):
@@ -157,16 +259,29 @@ def kept_folders(run, root, tmp_path):
     return list((tmp_path / "out" / "codes_train_curated").iterdir())
 
 
-def test_only_old_temporary_files_are_removed(run, root, tmp_path):
-    (folder,) = kept_folders(run, root, tmp_path)
-    names = [folder / "x.tmp", folder / "y.tmp", tmp_path / "out" / ".unfinished-x"]
-    for path in names[:2]:
-        path.write_text("left")
-    names[2].mkdir()
-    for path in names[::2]:
-        os.utime(path, (time.time() - 90_000,) * 2)
+OURS = f"{0:032x}.tmp"
+LEFT = {  # name below the folder of codes -> (days ago, is removed)
+    OURS: (2, True),
+    f"{1:032x}.tmp": (0, False),
+    "x.tmp": (2, False),
+    "drums.tmp/": (2, False),
+    f"{2:032x}.tmp/": (2, False),
+    f"drums/{OURS}": (2, False),
+}
+
+
+def test_only_old_temporary_files_of_ours_are_removed(run, root, tmp_path):
+    (codes,) = kept_folders(run, root, tmp_path)
+    there = {}
+    for name, (days, removed) in LEFT.items():
+        path = codes / name
+        (path if name.endswith("/") else path.parent).mkdir(exist_ok=True)
+        if not name.endswith("/"):
+            path.touch()
+        os.utime(path, (time.time() - days * 90_000,) * 2)
+        there[path] = not removed
     assert run("--input_dir", root, "--target_duration", "0.5")[0] == 0
-    assert [path.exists() for path in names] == [False, True, False]
+    assert {path: path.exists() for path in there} == there
 
 
 # --------------------------------------------------------------------------------------- refusals
@@ -255,57 +370,77 @@ def folder(tmp_path):
 @pytest.fixture
 def kept():
     codes = np.arange(24, dtype=np.uint16).reshape(2, 3, 4)
-    return Kept(codes, codes[0], 1, [0.0, 1.8], 2.5, False, [5, 6, 7], "a" * 64, "0123abcd")
-
-
-def values(kept):
-    return [np.asarray(getattr(kept, field.name)).tolist() for field in fields(Kept)]
+    arrays = {"codes": codes, "latent": codes[0], "medoid": 1, "start_sec": np.array([0.0, 1.8])}
+    return Kept(
+        file="a.wav",
+        folder=4,
+        stamp=[5, 6, 7, 8],
+        sha256="a" * 64,
+        duration_sec=2.5,
+        silent=False,
+        num_chunks=2,
+        made_with="0123abcd",
+        arrays=arrays,
+    )
 
 
 def test_what_is_kept_comes_back(kept, folder):
-    for name in ("a.wav", "b/c/d.wav", "n" * 250 + ".wav"):
-        write_kept(folder, name, kept)
-        assert values(read_kept(folder, name)) == values(kept)
+    many = np.zeros((70_000, 1, 1), np.uint16)  # a zip's comment has at most 65,535 bytes
+    long = replace(kept, arrays=kept.arrays | {"codes": many, "start_sec": np.arange(70_000.0)})
+    names = {"a.wav": kept, "b/c/d.wav": kept, "n" * 250 + ".wav": kept, "long.wav": long}
+    for name, written in names.items():
+        write_kept(folder, name, written)
+        found = read_kept(folder, name)
+        assert found == kept == read_kept(folder, name, with_arrays=False)
+        for array in written.arrays:
+            assert np.array_equal(getattr(found, array), getattr(written, array))
+        assert np.array_equal(np.load(kept_path(folder, name))["codes"], written.codes)
     assert read_kept(folder, "gone.wav") is None and not list(folder.glob("*.tmp"))
 
 
-def test_damage_is_noticed_or_harmless(kept, folder):
-    """Truncations, and a sample of the single-bit flips."""
+def test_any_damage_counts_as_absent(kept, folder):
+    """Truncations, all flips of a bit, bytes behind the end, and numpy's own file."""
     write_kept(folder, "a.wav", kept)
-    path, noticed = kept_path(folder, "a.wav"), 0
+    path = kept_path(folder, "a.wav")
     data = path.read_bytes()
     damaged = [data[:size] for size in range(0, len(data), 29)]
-    for bit in random.Random(1).sample(range(8 * len(data)), 1000):
+    damaged += [data + b"x", data + data, bytes(len(data))]
+    for bit in range(8 * len(data)):
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
-        damaged.append(bytes(flipped))
+        damaged.append(flipped)
     for bad in damaged:
         path.write_bytes(bad)
-        found = read_kept(folder, "a.wav")
-        assert found is None or values(found) == values(kept)
-        noticed += found is None
-    assert noticed > len(damaged) / 2
+        assert read_kept(folder, "a.wav") is None
+    np.savez(path, **kept.arrays)
+    assert read_kept(folder, "a.wav") is None
 
 
-WRONG = {
-    "no chunks": {"codes": np.zeros((0, 3, 4), np.uint16), "start_sec": []},
-    "other frames": {"codes": np.zeros((2, 3, 5), np.uint16)},
-    "a chunk too few": {"start_sec": [0.0]},
-    "a scalar": {"start_sec": 1.0},
-    "medoid out of range": {"medoid": 2},
-    "no duration": {"duration_sec": float("nan")},
-    "starts at NaN": {"start_sec": [0.0, float("nan")]},
-    "codes too large": {"codes": np.full((2, 3, 4), 1024, np.uint16)},
-    "codes of another type": {"codes": np.zeros((2, 3, 4))},
-    "other settings": {"made_with": "ffffffff"},
-    "no checksum": {"sha256": ""},
-    "no stamp": {"stamp": [5, 6]},
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_a_readable_file_that_cannot_be_right_is_absent(wrong, kept, folder):
-    for name, value in wrong.items():
-        setattr(kept, name, value)
+def test_codes_of_other_settings_or_versions_count_as_absent(kept, folder, monkeypatch):
+    write_kept(folder, "a.wav", replace(kept, made_with="ffffffff"))
+    assert read_kept(folder, "a.wav") is None
+    monkeypatch.setattr(encodec_tokenizer, "FACTS", encodec_tokenizer.FACTS[:-1])
     write_kept(folder, "a.wav", kept)
     assert read_kept(folder, "a.wav") is None
+
+
+def test_a_disk_that_only_appends_keeps_codes(kept, folder, monkeypatch):
+    class AppendOnly(io.FileIO):
+        def seek(self, *_):
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+
+        tell = seekable = truncate = seek
+
+    writes = []
+
+    def append_only(file, mode="r", *args, **kwargs):
+        if "w" not in mode:
+            return io_open(file, mode, *args, **kwargs)
+        opened = AppendOnly(file, mode)
+        writes.append(file)
+        return opened
+
+    io_open = io.open
+    monkeypatch.setattr(io, "open", append_only)
+    write_kept(folder, "a.wav", kept)
+    assert read_kept(folder, "a.wav") == kept and len(writes) == 1
