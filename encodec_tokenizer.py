@@ -2115,8 +2115,8 @@ def write_picture(job: Job, totals: Totals, path: Path) -> None:
         books.legend(frameon=False)
         by_duration = sorted(totals.clips, key=lambda clip: clip.duration_sec)
         last = len(by_duration) - 1
-        # The very shortest and longest clips are often odd ones.
-        for column, at in enumerate((int(0.05 * last), last // 2, math.ceil(0.95 * last))):
+        # The shortest and the longest clip of many are often odd ones.
+        for column, at in enumerate((int(0.1 * last), last // 2, math.ceil(0.9 * last))):
             draw_clip(
                 job, by_duration[at].clip, panels[f"wave {column}"], panels[f"codes {column}"]
             )
@@ -2135,9 +2135,15 @@ def draw_histogram(panel: object, values: list[float], edges: np.ndarray, label:
 
     panel.hist(values, bins=edges)
     panel.set(xscale="log", xlabel=label, ylabel="clips")
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    subs = (1, 2, 5) if edges[-1] < 300 * edges[0] else (1,)
+    panel.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_formatter("")
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut a long text at its beginning: the end of a path tells more."""
+    return text if len(text) <= width else "\N{HORIZONTAL ELLIPSIS}" + text[1 - width :]
 
 
 def draw_clip(job: Job, clip: Clip, wave: object, tokens: object) -> None:
@@ -2149,8 +2155,8 @@ def draw_clip(job: Job, clip: Clip, wave: object, tokens: object) -> None:
         wave.plot(np.linspace(0, chunk_s, chunk.shape[1]), chunk[0], color="black", linewidth=0.4)
     except (BadClip, OSError) as reason:
         say(f"note: the picture shows no waveform of {clip.fname}: {reason}")
-    name = clip.fname if len(clip.fname) <= 24 else f"\N{HORIZONTAL ELLIPSIS}{clip.fname[-23:]}"
-    title = f"{name}, {kept.duration_sec:.2f} s\n{textwrap.shorten(clip.labels, 30)}"
+    name = f"{shorten(clip.fname, 20)}, {kept.duration_sec:.2f} s"
+    title = f"{name}\n{shorten(clip.labels, 30)}"
     wave.set_title(title, parse_math=False)
     wave.set(xlim=(0, chunk_s), ylim=(-1, 1), ylabel="full scale")
     codes = kept.codes[0]  # [K, F]
