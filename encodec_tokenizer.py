@@ -1998,7 +1998,7 @@ def succeeds(output: Output, step: Callable[..., None], *others: object) -> bool
             raise
         old = " The file is of an earlier run." if output.path.exists() else ""
         say(f"note: {output.path} could not be written: {error}.{old}")
-        return not output.is_wanted and isinstance(error, ImportError)
+        return False
 
 
 def write_outputs(job: Job) -> int:
@@ -2014,13 +2014,15 @@ def write_outputs(job: Job) -> int:
     for folder in {output.path.parent for output in outputs}:
         remove_old(folder, UNFINISHED)
     try:
-        status = 0
+        written, status = [], 0
         for output in outputs:
-            if not succeeds(output, write_output, job, totals):
+            if succeeds(output, write_output, job, totals):
+                written.append(output)
+            elif output.is_wanted or find_spec(output.needs):
                 status = 1
         refuse_to_lose_rows(job, len(totals.clips))  # another run may have finished meanwhile
-        for output in reversed(outputs):
-            if output.temporary.exists() and not succeeds(output, put_in_place):
+        for output in reversed(written):
+            if not succeeds(output, put_in_place):
                 status = 1
         if not num_failed:
             job.output("failed", "csv").unlink(missing_ok=True)

@@ -136,7 +136,7 @@ def test_only_outputs_under_default_names_stay_up_to_date(run, root, tmp_path):
         path.unlink()
     paths = [tmp_path / "out" / name for name in (PARQUET, PICTURE, "mine.png")]
     old = [path.read_bytes() for path in paths]
-    status, _, err = run("--input_dir", root, "--bandwidth", "3", "--aggregate", "none")
+    status, _, err = run("--input_dir", root, "--aggregate", "none")
     assert status == 0 and "the picture shows no waveform of 0.wav: " in err
     assert "chunk" in pd.read_parquet(paths[0]).columns
     assert [path.read_bytes() != was for path, was in zip(paths, old)] == [True, True, False]
