@@ -1922,6 +1922,7 @@ class Output(NamedTuple):
     write: Callable[[Job, Totals, Path], None]
     needs: str | None = None  # the package of an optional output; it may fail, the others may not
     is_wanted: bool = True  # False: nobody asked for it, but one of an earlier run is there
+    is_folder: bool = False
 
 
 UNFINISHED = ".unfinished-" + "[0-9a-f]" * 32  # the folders of temporary outputs, as a glob pattern
@@ -1942,9 +1943,11 @@ def outputs_of(job: Job, with_failures: bool = True) -> list[Output]:
     parquet, wants_parquet = job.output("tokenized", "parquet"), job.settings.parquet
     if wants_parquet or os.path.isfile(parquet):
         outputs.append(output(parquet, write_parquet, "pyarrow", wants_parquet))
-    picture, wants_picture = picture_path(job), job.settings.plot is not None
-    if wants_picture or os.path.isfile(picture):
-        outputs.append(output(picture, write_picture, "matplotlib", wants_picture))
+    pictures = {job.output("summary", "png"): False}
+    pictures[picture_path(job)] = job.settings.plot is not None
+    for picture, is_wanted in pictures.items():
+        if is_wanted or os.path.isfile(picture):
+            outputs.append(output(picture, write_picture, "matplotlib", is_wanted))
     if with_failures:
         outputs.append(output(job.output("failed", "csv"), write_failures))
     outputs.append(output(job.output("summary", "txt"), write_summary))
@@ -1958,7 +1961,7 @@ def check_outputs(job: Job) -> None:
         if not output.is_wanted:
             continue
         try:
-            if output.path.is_dir():
+            if output.path.is_dir() and not output.is_folder:
                 raise IsADirectoryError(errno.EISDIR, "a folder is in its place", str(output.path))
             output.temporary.parent.mkdir(parents=True, exist_ok=True)
             output.temporary.touch()
@@ -1981,7 +1984,7 @@ def write_output(output: Output, job: Job, totals: Totals) -> None:
 
 def put_in_place(output: Output) -> None:
     """Rename an output from its temporary name. An old folder, unlike a file, has to go first."""
-    if output.temporary.is_dir() and output.path.is_dir():
+    if output.is_folder and output.path.is_dir():
         output.path.rename(output.temporary.with_name("old"))
     output.temporary.replace(output.path)
 
@@ -1997,7 +2000,8 @@ def succeeds(output: Output, step: Callable[..., None], *others: object) -> bool
                 raise OSError(error.errno, error.strerror, str(output.path)) from error
             raise
         old = " The file is of an earlier run." if output.path.exists() else ""
-        say(f"note: {output.path} could not be written: {error}.{old}")
+        reason = str(error) or type(error).__name__
+        say(f"note: {output.path} could not be written: {reason}.{old}")
         return False
 
 

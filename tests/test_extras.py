@@ -132,6 +132,9 @@ def test_only_outputs_under_default_names_stay_up_to_date(run, root, tmp_path):
     """Without their flags, too; the picture needs no audio."""
     assert run("--input_dir", root, "--parquet", "--plot")[0] == 0
     assert run("--input_dir", root, "--plot", "mine")[0] == 0
+    old = (tmp_path / "out" / PICTURE).read_bytes()
+    assert run("--input_dir", root, "--plot", "mine", "--max_samples", "1")[0] == 0
+    assert (tmp_path / "out" / PICTURE).read_bytes() != old
     for path in (root / "train_curated").iterdir():
         path.unlink()
     paths = [tmp_path / "out" / name for name in (PARQUET, PICTURE, "mine.png")]
@@ -172,13 +175,22 @@ def test_an_optional_output_that_fails_costs_no_csv(step, run, root, tmp_path, m
 
 
 def test_a_folder_can_be_an_output_and_is_replaced(run, root, tmp_path, monkeypatch):
-    """A new one is a function, and a line in outputs_of: here the text summary is one."""
+    """It is a function and a line in outputs_of."""
+    outputs_of = encodec_tokenizer.outputs_of
+    folder = tmp_path / "out" / "lists"
 
     def write_folder(job, totals, path):
         path.mkdir()
         for fact in totals.clips:
             (path / fact.clip.fname).touch()
 
-    monkeypatch.setattr(encodec_tokenizer, "write_summary", write_folder)
-    folder = tmp_path / "out" / "summary_train_curated.txt"
-    assert run("--input_dir", root)[0] == 0 and len(list(folder.iterdir())) == 2
+    def with_a_folder(job, **options):
+        temporary = folder.with_name(".unfinished-lists") / folder.name
+        output = encodec_tokenizer.Output(folder, temporary, write_folder, is_folder=True)
+        return [*outputs_of(job, **options), output]
+
+    monkeypatch.setattr(encodec_tokenizer, "outputs_of", with_a_folder)
+    for count in (2, 1):
+        assert run("--input_dir", root, "--max_samples", count)[0] == 0
+        assert len(list(folder.iterdir())) == count
+    assert not list((tmp_path / "out").glob(".unfinished*"))

@@ -213,6 +213,16 @@ def test_a_signal_between_the_renames_loses_no_csv(place, data, expected):
     assert data.run() == 0 and data.rows() == expected and not data.encoded
 
 
+def test_the_list_of_failures_goes_after_the_csv_has_come(data):
+    """When the bad clips are repaired: the run ends just before it renames the CSV."""
+    assert data.run() == 0
+    old = data.rows()
+    for i in BAD:
+        shutil.copy(data.clip(0), data.clip(i))
+    assert data.run(before=[partial(faults.signal_at_rename, 2)]) == 143 and data.rows() == old
+    assert data.run() == 0 and not data.failed().exists()
+
+
 # ---------------------------------------------------------------------- what changes between runs
 
 
