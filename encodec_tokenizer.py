@@ -2107,18 +2107,7 @@ def write_picture(job: Job, totals: Totals, path: Path) -> None:
         title = f"{job.dataset.stem}: {job.codes_dir.name}, {job.weights_file or job.weights}"
         figure.suptitle(title, parse_math=False)
         panels = figure.subplot_mosaic(names, height_ratios=(2, 1, 2))
-        seconds = [clip.duration_sec for clip in totals.clips]
-        edges = np.geomspace(0.95 * min(seconds), 1.05 * max(seconds), 41)
-        draw_histogram(panels["durations"], seconds, edges, "duration of a clip (s)")
-        if not job.settings.whole:
-            chunks = [clip.num_chunks for clip in totals.clips]
-            edges = np.unique(np.geomspace(1, max(chunks) + 1, 41).round()) - 0.5
-            draw_histogram(panels["chunks"], chunks, edges, "chunks of a clip")
-        facts, books = summarize(job, totals), panels["books"]
-        books.plot(facts["codes_in_use_per_codebook"], "o", label="in use")
-        books.plot(facts["perplexity_per_codebook"], "o", label="perplexity")
-        books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes", ylim=(0, None))
-        books.legend(frameon=False)
+        draw_totals(job, totals, panels)
         by_duration = sorted(totals.clips, key=lambda clip: clip.duration_sec)
         last = len(by_duration) - 1
         # The shortest and the longest clip of many are often odd ones.
@@ -2133,6 +2122,22 @@ def write_picture(job: Job, totals: Totals, path: Path) -> None:
             fontsize=8,
         )
         figure.savefig(path, dpi=300)
+
+
+def draw_totals(job: Job, totals: Totals, panels: dict[str, object]) -> None:
+    """Draw durations, chunks, and how many of its codes each codebook uses."""
+    seconds = [clip.duration_sec for clip in totals.clips]
+    edges = np.geomspace(0.95 * min(seconds), 1.05 * max(seconds), 41)
+    draw_histogram(panels["durations"], seconds, edges, "duration of a clip (s)")
+    if not job.settings.whole:
+        chunks = [clip.num_chunks for clip in totals.clips]
+        edges = np.unique(np.geomspace(1, max(chunks) + 1, 41).round()) - 0.5
+        draw_histogram(panels["chunks"], chunks, edges, "chunks of a clip")
+    facts, books = summarize(job, totals), panels["books"]
+    books.plot(facts["codes_in_use_per_codebook"], "o", label="in use")
+    books.plot(facts["perplexity_per_codebook"], "o", label="perplexity")
+    books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes", ylim=(0, None))
+    books.legend(frameon=False)
 
 
 def draw_histogram(panel: object, values: list[float], edges: np.ndarray, label: str) -> None:
