@@ -39,6 +39,7 @@ import signal
 import socket
 import stat
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -50,17 +51,18 @@ import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
-from importlib.metadata import version
+from http.client import HTTPException
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Annotated, NamedTuple, get_args, get_type_hints
 
 __version__ = "3.0.0"
@@ -88,7 +90,7 @@ STEMS = {  # the value of --dataset -> the stems of the output files
 }
 SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "sample"
 AGGREGATES: dict[str, Callable[[Kept], np.ndarray]] = {  # the rows [R, K, F] of a clip
-    # The mean of the chunks' codes, rounded; with several chunks these are no codes of EnCodec's.
+    # The mean of the chunks' codes, rounded: for several chunks the result is not a valid code.
     "mean": lambda kept: np.rint(kept.codes.mean(axis=0, keepdims=True)).astype(np.uint16),
     "latent": lambda kept: kept.latent[None],  # the codes of the mean of the chunks' latents
     "medoid": lambda kept: kept.codes[[kept.medoid]],  # the chunk nearest to that mean
@@ -130,6 +132,12 @@ class BadClip(Exception):
 
 class Interrupted(BaseException):
     """SIGINT or SIGTERM arrived. The argument is the exit status: 128 + the signal's number."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Recognize the words of PyTorch, oneDNN, CUDA and the dynamic linker for too little memory."""
+    words = "allocate memory(?! in static)|out of memory|alloc_failed|could not create a primitive"
+    return bool(isinstance(error, MemoryError) or re.search(f"(?i){words}|map segment", str(error)))
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -263,7 +271,7 @@ def check_settings(settings: Settings) -> None:
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
     """Read the command line (default: the process's own). A mistake ends in exit status 2."""
-    description, examples, _ = __doc__.split("\n\n", 2)
+    description, examples, _ = (__doc__ or "\n\n\n\n").split("\n\n", 2)  # python -OO has none
     parser = argparse.ArgumentParser(
         description=description,
         epilog=f"examples:\n{examples}",
@@ -318,13 +326,17 @@ try:
     from encodec.modules.conv import pad1d
     from encodec.modules.seanet import SEANetResnetBlock
     from tqdm import tqdm
-except (ImportError, OSError, RuntimeError) as error:
-    # torchaudio does not load beside every torch, and fails with any of these three.
-    sys.exit(
-        f"error: a needed package does not load: {error} {error.__cause__ or ''}\n"
+except (ImportError, OSError, RuntimeError, MemoryError) as error:
+    # torchaudio does not load beside every torch, and fails with one of the first three.
+    way_out = (
         "Install versions that work together, in an environment of their own, with\n"
         f"  {sys.executable} -m pip install -r requirements.txt"
     )
+    if is_out_of_memory(error):
+        way_out = (
+            "There is too little memory: raise the limit (ulimit -v, the job's, the container's)."
+        )
+    sys.exit(f"error: a needed package does not load: {error} {error.__cause__ or ''}\n{way_out}")
 
 
 def say(message: str) -> None:
@@ -1123,7 +1135,7 @@ def download(path: Path) -> bool:
         # It writes to a temporary name and renames, so several processes may download at once.
         torch.hub.download_url_to_file(url, str(path), checksum, progress=LOCAL_RANK == 0)
         return True
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:
         say(f"{ROOT_URL}{path.name} could not be downloaded: {getattr(error, 'reason', error)}")
         return False
     finally:
@@ -1920,8 +1932,8 @@ def find_kept(dataset: Dataset, folder: Path, settings: Settings) -> int:
 
 def show_progress(clips: list[Clip], what: str, **options: object) -> tqdm:
     """Return a bar over clips: it moves on a terminal, and writes a line a minute to a log file."""
-    interval = 0.1 if sys.stderr.isatty() else 60
-    return tqdm(clips, what, unit="clip", mininterval=interval, position=LOCAL_RANK, **options)
+    options |= {"mininterval": 0.1 if sys.stderr.isatty() else 60, "miniters": 0}
+    return tqdm(clips, what, unit="clip", position=LOCAL_RANK, **options)
 
 
 def look_again(clip: Clip, folder: Path, settings: Settings) -> Kept | None:
@@ -2089,20 +2101,6 @@ def update_progress(bar: tqdm, clips: list[Clip], started: float) -> None:
 
 # ------------------------------------------------------------------------------------------ outputs
 
-# The columns before the tokens. A new one is added here.
-COLUMNS: dict[str, Callable[[Clip, Kept, int], object]] = {
-    "fname": lambda clip, kept, row: clip.fname,
-    "labels": lambda clip, kept, row: clip.labels,
-    "num_tokens": lambda clip, kept, row: kept.codes[0].size,
-    "token_shape": lambda clip, kept, row: str(kept.codes.shape[1:]),
-    "num_chunks": lambda clip, kept, row: kept.num_chunks,
-    "duration_sec": lambda clip, kept, row: round(kept.duration_sec, 6),
-}
-CHUNK_COLUMNS: dict[str, Callable[[Clip, Kept, int], object]] = {  # with --aggregate none
-    "chunk": lambda clip, kept, row: row,
-    "start_sec": lambda clip, kept, row: round(kept.start_sec[row], 6),
-}
-
 
 @dataclass(frozen=True)
 class Job:
@@ -2117,25 +2115,24 @@ class Job:
         return self.settings.output_dir / f"{kind}_{self.dataset.stem}.{ending}"
 
     @property
-    def csv(self) -> Path:
+    def csv_path(self) -> Path:
         return self.output("tokenized", "csv")
 
     @cached_property
     def made_with(self) -> dict[str, object]:
-        """All on which a CSV and a run that replaces it must agree."""
-        found = {"metadata": None, "audio_dir": None}
-        for name in found:
-            path = getattr(self.settings, name)
-            if path:
-                found[name] = str(path.resolve())
+        """Settings that must match before a CSV may be replaced."""
         names = [*DECIDE_CODES, "aggregate"]
-        if self.settings.whole:  # it does not depend on how chunks are cut
+        if self.settings.whole:  # then it does not matter how chunks are cut
             names = [name for name in names if name not in CHUNK_SETTINGS]
-        decide = {name: getattr(self.settings, name) for name in names}
-        return decide | {"weights": self.weights} | found
+        found = {name: getattr(self.settings, name) for name in names}
+        found["weights"] = self.weights
+        for name in ("metadata", "audio_dir"):
+            path = getattr(self.settings, name)
+            found[name] = str(path.resolve()) if path else None
+        return found
 
     @cached_property
-    def codes(self) -> Path:
+    def codes_dir(self) -> Path:
         """The folder of the kept codes; its name ends in a hash of all that decides codes."""
         settings, decides = self.settings, {"weights": self.weights, "format": KEPT_FORMAT}
         decides |= {name: self.made_with.get(name) for name in DECIDE_CODES}
@@ -2158,43 +2155,65 @@ def refuse_to_lose_rows(job: Job, num_clips: int) -> None:
 
     Raises UserError: it names what differs, and the ways out.
     """
-    if job.settings.overwrite or not job.csv.exists():
+    if job.settings.overwrite or not job.csv_path.exists():
         return
-    record, differences = job.read_record(), []
+    record = job.read_record()
+    changes = []
     try:
         settings, num_before = record["settings"], int(record["total_samples_processed"])
-        if job.csv.stat().st_size not in record["csv_bytes"]:
+        if job.csv_path.stat().st_size not in record["csv_bytes"]:
             raise ValueError
         if settings["weights"] == UNTRAINED:
             return
         for name, value in job.made_with.items():
-            if settings.get(name) != value:
-                differences.append(f"--{name}: {settings.get(name)} -> {value}")
+            before = settings.get(name)
+            if before != value:
+                if name == "weights":  # 8 digits of a SHA-256 are enough to tell them apart
+                    before, value = before[:8], value if value == UNTRAINED else value[:8]
+                changes.append(f"--{name}: {before} -> {value}")
         if num_before > num_clips:
-            differences.append(f"{num_before} clips -> {num_clips} clips: rows would be lost")
+            changes.append(f"{num_before} clips -> {num_clips} clips: rows would be lost")
+            failed = [clip for clip in job.dataset.clips if clip.error]
+            changes += [f"  {clip.fname}: {clip.error}" for clip in failed[:3]]
     except (KeyError, TypeError, ValueError, AttributeError):
         name = job.output("tokenized", "json").name
-        differences = [f"{name} does not describe it: it was edited, or another tool made it"]
-    if differences:
+        changes = [f"{name} does not describe it: it was edited, or another tool made it"]
+    if changes:
         raise UserError(
-            "\n  ".join([f"{job.csv} is there, and this run would change it:", *differences])
-            + "\nMove the CSV elsewhere (its codes stay usable), or replace it with --overwrite."
+            "\n  ".join([f"{job.csv_path} is there, and this run would change it:", *changes])
+            + "\nMove the CSV elsewhere, replace it with --overwrite, or choose\n"
+            "another --output_dir, for which all clips are encoded anew."
         )
 
 
-def rows_of(job: Job) -> Iterator[tuple[Clip, Kept, list[tuple[dict[str, object], np.ndarray]]]]:
-    """Yield the tokenized clips in the table's order: clip, what is kept of it, its rows.
+# The columns before the tokens. A new one is added here.
+COLUMNS: dict[str, Callable[[Clip, Kept, int], object]] = {
+    "fname": lambda clip, kept, row: clip.fname,
+    "labels": lambda clip, kept, row: clip.labels,
+    "num_tokens": lambda clip, kept, row: kept.codes[0].size,
+    "token_shape": lambda clip, kept, row: str(kept.codes.shape[1:]),
+    "num_chunks": lambda clip, kept, row: kept.num_chunks,
+    "duration_sec": lambda clip, kept, row: round(kept.duration_sec, 6),
+}
+CHUNK_COLUMNS: dict[str, Callable[[Clip, Kept, int], object]] = {  # with --aggregate none
+    "chunk": lambda clip, kept, row: row,
+    "start_sec": lambda clip, kept, row: round(kept.start_sec[row], 6),
+}
+Row = tuple[dict[str, object], np.ndarray]  # the cells by column, and the codes [K, F]
 
-    A row is its cells by column, and its codes [K, F]. Raises RunError: what is kept is not of the
-    content that this run has seen.
+
+def rows_of(job: Job) -> Iterator[tuple[Clip, Kept, list[Row]]]:
+    """Yield the tokenized clips in the table's order, each with what is kept of it and its rows.
+
+    Raises RunError: what is kept is not of the content that this run has seen.
     """
     columns = COLUMNS | (CHUNK_COLUMNS if job.settings.aggregate == "none" else {})
     clips = [clip for clip in job.dataset.clips if clip.sha256]
     for clip in show_progress(clips, f"{job.dataset.stem}: writing", delay=2):
-        kept = read_kept(job.codes, clip.name)
+        kept = read_kept(job.codes_dir, clip.name)
         if kept is None or kept.sha256 != clip.sha256:
             raise RunError(
-                f"{kept_path(job.codes, clip.name)} does not hold the codes of {clip.path}: "
+                f"{kept_path(job.codes_dir, clip.name)} does not hold the codes of {clip.path}: "
                 "another run has replaced it, or this disk takes two names for one (Kick.wav, "
                 "kick.wav). The same command tries again."
             )
@@ -2205,61 +2224,106 @@ def rows_of(job: Job) -> Iterator[tuple[Clip, Kept, list[tuple[dict[str, object]
         yield clip, kept, rows
 
 
-class Totals(NamedTuple):
-    """Counts over all clips that the JSON, the summary and the picture need."""
+class ClipFacts(NamedTuple):
+    """What the summary and the picture need of each clip."""
 
-    done: list[tuple[Clip, Kept]]  # without the arrays
-    shapes: Counter[tuple[int, ...]]  # (K, F) of the rows
-    counts: np.ndarray  # [K, 1024]: how often the chunks have each code
+    clip: Clip
+    duration_sec: float
+    num_chunks: int
+    silent: bool
 
 
-def write_csv(job: Job, path: Path) -> Totals:
-    """Write the CSV, and count what the other outputs say about all clips together."""
-    done, shapes, counts, whole = [], Counter(), 0, job.settings.whole
+class Totals:
+    """Counts over all rows of the CSV."""
+
+    def __init__(self) -> None:
+        self.clips: list[ClipFacts] = []
+        self.shapes: Counter[tuple[int, ...]] = Counter()  # (K, F) of the rows
+        self.code_counts = 0  # [K, 1024]: how often the chunks have each code
+
+    def add(self, clip: Clip, kept: Kept, num_rows: int) -> None:
+        self.clips.append(ClipFacts(clip, kept.duration_sec, kept.num_chunks, kept.silent))
+        self.shapes[kept.codes.shape[1:]] += num_rows
+        books = kept.codes.swapaxes(0, 1)  # [K, N, F]
+        counts = [np.bincount(book.ravel(), minlength=NUM_CODES) for book in books]
+        self.code_counts += np.array(counts)
+
+
+def csv_writer(file: io.TextIOBase) -> object:
+    r"""Return a csv.writer whose lines end in "\n".
+
+    It gets its default line ending, "\r\n", because csv.writer of Python before 3.11.9 quotes a
+    cell with a lone "\r" only then. Readers take an unquoted "\r" for the end of the row.
+    """
+
+    def write_line(line: str) -> None:
+        file.write(line.removesuffix("\r\n") + "\n")
+
+    return csv.writer(SimpleNamespace(write=write_line))
+
+
+def write_csv(job: Job, totals: Totals, path: Path) -> None:
+    """Write the rows, and fill in the totals. With --whole, all tokens are in one column."""
+    whole, has_header = job.settings.whole, False
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv_writer(file)
         for clip, kept, rows in rows_of(job):
-            if not done:
-                names = ["tokens"] if whole else [f"token_{i}" for i in range(kept.codes[0].size)]
-                writer.writerow([*rows[0][0], *names])
+            totals.add(clip, kept, len(rows))
             for cells, codes in rows:
+                if not has_header:
+                    names = ["tokens"] if whole else [f"token_{i}" for i in range(codes.size)]
+                    writer.writerow([*cells, *names])
+                    has_header = True
                 tokens = codes.ravel().tolist()
-                tokens = [" ".join(map(str, tokens))] if whole else tokens
+                if whole:
+                    tokens = [" ".join(map(str, tokens))]
                 writer.writerow([*cells.values(), *tokens])
-            shapes[kept.codes.shape[1:]] += len(rows)
-            books = kept.codes.swapaxes(0, 1)  # [K, N, F]
-            counts += np.array([np.bincount(book.ravel(), minlength=NUM_CODES) for book in books])
-            done.append((clip, replace(kept, arrays=None)))  # memory
         file.flush()
         os.fsync(file.fileno())
-    return Totals(done, shapes, counts)
 
 
-def write_parquet(job: Job, path: Path) -> None:
+def write_failures(job: Job, _: Totals, path: Path) -> None:
+    """Write the failed clips and their reasons."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv_writer(file)
+        writer.writerow(["fname", "error"])
+        for clip in job.dataset.clips:
+            if clip.error:
+                writer.writerow([clip.fname, clip.error])
+
+
+def write_parquet(job: Job, _: Totals, path: Path) -> None:
     """Write the rows with their tokens as one list column of uint16, further columns as numbers."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    clips = job.dataset.clips
     kinds = {}
-    for name in clips[0].extra:
-        kinds[name] = column_type([clip.extra[name] for clip in clips])
+    for name in job.dataset.clips[0].extra:
+        kinds[name] = column_type([clip.extra[name] for clip in job.dataset.clips])
     types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
-    writer, lines = None, []
-    for _, _, rows in rows_of(job):
+    types[np.ndarray] = pa.list_(pa.uint16())
+    lines = parquet_lines(job, kinds)
+    first = next(lines)
+    schema = []
+    for name, cell in first.items():
+        kind = kinds.get(name, type(cell))
+        schema.append((name, types[kind]))
+    schema = pa.schema(schema)
+    lines = chain([first], lines)
+    with parquet.ParquetWriter(path, schema) as writer:
+        while batch := list(islice(lines, 1000)):
+            writer.write_table(pa.Table.from_pylist(batch, schema))
+
+
+def parquet_lines(job: Job, kinds: dict[str, type]) -> Iterator[dict[str, object]]:
+    """Yield the rows as Parquet takes them; `kinds` are the types of the further columns."""
+    for clip, _, rows in rows_of(job):
+        further = {}
+        for name, kind in kinds.items():
+            cell = clip.extra[name]
+            further[name] = kind(cell) if cell or kind is str else None
         for cells, codes in rows:
-            for name, kind in kinds.items():
-                cells[name] = kind(cells[name]) if cells[name] or kind is str else None
-            lines.append(cells | {"tokens": codes.ravel()})
-        if writer is None:
-            schema = [(name, types[kinds.get(name, type(cell))]) for name, cell in cells.items()]
-            schema.append(("tokens", pa.list_(pa.uint16())))
-            writer = parquet.ParquetWriter(path, pa.schema(schema))
-        if len(lines) >= 1000:
-            writer.write_table(pa.Table.from_pylist(lines, writer.schema))
-            lines.clear()
-    writer.write_table(pa.Table.from_pylist(lines, writer.schema))
-    writer.close()
+            yield cells | further | {"tokens": codes.ravel()}
 
 
 def column_type(cells: list[str]) -> type:
@@ -2272,50 +2336,71 @@ def column_type(cells: list[str]) -> type:
     return str
 
 
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # it was copied here without its metadata
+        return "unknown"
+
+
 def summarize(job: Job, totals: Totals) -> dict[str, object]:
     """Collect what the JSON and the text summary say."""
-    kept, settings = [kept for _, kept in totals.done], job.settings
-    shares = totals.counts / totals.counts.sum(axis=1, keepdims=True)
+    clips, settings = totals.clips, job.settings
+    shares = totals.code_counts / totals.code_counts.sum(axis=1, keepdims=True)
     logs = np.log(np.where(shares > 0, shares, 1))
     lengths = sorted(math.prod(shape) for shape in totals.shapes.elements())
-    seconds = np.array([one.duration_sec for one in kept])
-    padding = np.maximum(0, settings.target_duration - seconds)
-    if settings.whole:
-        padding *= 0
-    on_cpu = settings.device == "cpu"
-    cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    seconds = np.array([clip.duration_sec for clip in clips])
+    chunk_s = 0 if settings.whole else settings.target_duration
+    padding = np.maximum(0, chunk_s - seconds)
+    machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    if settings.device != "cpu":
+        machine = torch.cuda.get_device_name(settings.device)
     versions = {"script": __version__, "libsndfile": sf.__libsndfile_version__}
-    versions |= {name: version(name) for name in PACKAGES if find_spec(name)}
+    versions |= {name: package_version(name) for name in PACKAGES if find_spec(name)}
     return {
         "dataset": job.dataset.stem,
-        "total_samples_processed": len(kept),
+        "total_samples_processed": len(clips),
         "failed_clips": sum(bool(clip.error) for clip in job.dataset.clips),
         "rows": len(lengths),
-        "average_tokens_per_sample": round(sum(lengths) / len(kept), 1),
+        "average_tokens_per_sample": round(sum(lengths) / len(clips), 1),
         "tokens_per_row": {"least": lengths[0], "median": median(lengths), "most": lengths[-1]},
         "tokens_in_all": sum(lengths),
         "average_duration_sec": round(seconds.mean(), 2),
         "total_duration_sec": round(seconds.sum(), 1),
-        "average_chunks_per_clip": round(np.mean([one.num_chunks for one in kept]), 2),
+        "average_chunks_per_clip": round(np.mean([clip.num_chunks for clip in clips]), 2),
         "padded_clips": int((padding > 0).sum()),
         "total_padding_sec": round(float(padding.sum()), 1),
-        "silent_clips": [clip.fname for clip, one in totals.done if one.silent],
+        "silent_clips": [clip.clip.fname for clip in clips if clip.silent],
         "token_shape_distribution": {str(shape): n for shape, n in totals.shapes.most_common()},
-        "codes_in_use_per_codebook": (totals.counts > 0).sum(axis=1).tolist(),
+        "codes_in_use_are_counted_in": "all chunks, before they become rows",
+        "codes_in_use_per_codebook": (totals.code_counts > 0).sum(axis=1).tolist(),
         # This many codes, used equally often, would have the same entropy.
         "perplexity_per_codebook": np.exp(-(shares * logs).sum(axis=1)).round(1).tolist(),
+        "codes_folder": job.codes_dir.relative_to(settings.output_dir).as_posix(),
         "settings": job.made_with | {"max_duration": settings.max_duration},
         "weights_file": job.weights_file,
         "device": settings.device,
-        "machine": cpu if on_cpu else torch.cuda.get_device_name(settings.device),
+        "machine": machine,
         "versions": versions,
     }
 
 
-def text_summary(facts: dict[str, object]) -> str:
+def write_record(job: Job, totals: Totals, path: Path) -> None:
+    """Write the JSON: what made this CSV.
+
+    It knows the size of the old and the new CSV, because a run may be killed between the renames.
+    """
+    new_csv = path.with_name(job.csv_path.name)  # both have temporary names in the same folder
+    sizes = [file.stat().st_size for file in (new_csv, job.csv_path) if file.exists()]
+    record = summarize(job, totals) | {"csv_bytes": sizes}
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def write_summary(job: Job, totals: Totals, path: Path) -> None:
     """Write the facts of `summarize` for people, a line each."""
+    facts = summarize(job, totals)
     lines = [f"EnCodec tokens of {facts['dataset']}", ""]
-    if facts["settings"]["weights"] == UNTRAINED:
+    if job.weights == UNTRAINED:
         lines += [f"WARNING: untrained weights. {UNTRAINED_WARNING}", ""]
     for name, fact in facts.items():
         label = name.replace("_sec", "_(s)").replace("_", " ").capitalize()
@@ -2326,72 +2411,162 @@ def text_summary(facts: dict[str, object]) -> str:
         else:
             items = fact if isinstance(fact, list) else [fact]
             lines.append(f"{label}: {', '.join(map(str, items)) or 'none'}")
-    return "\n".join(lines) + "\n"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+class Output(NamedTuple):
+    """A file, or a folder, that a run writes."""
+
+    path: Path
+    temporary: Path  # where it is written, in a folder of its own beside its place
+    write: Callable[[Job, Totals, Path], None]
+    needs: str | None = None  # the package of an optional output; it may fail, the others may not
+    is_wanted: bool = True  # False: nobody asked for it, but one of an earlier run is there
+    is_folder: bool = False
+
+
+UNFINISHED = ".unfinished-" + "[0-9a-f]" * 32  # the folders of temporary outputs, as a glob pattern
+
+
+def outputs_of(job: Job, with_failures: bool = True) -> list[Output]:
+    """List the outputs in the order in which they are written. A new one is added here.
+
+    The CSV is written first, because the others tell what was counted on the way. They are put in
+    place in the reverse order: the JSON first, and the CSV last.
+    """
+    folder = f".unfinished-{uuid.uuid4().hex}"
+
+    def output(path: Path, *others: object) -> Output:
+        return Output(path, path.parent / folder / path.name, *others)
+
+    outputs = [output(job.csv_path, write_csv)]
+    parquet, wants_parquet = job.output("tokenized", "parquet"), job.settings.parquet
+    if wants_parquet or os.path.isfile(parquet):
+        outputs.append(output(parquet, write_parquet, "pyarrow", wants_parquet))
+    pictures = {job.output("summary", "png"): False}
+    pictures[picture_path(job)] = job.settings.plot is not None
+    for picture, is_wanted in pictures.items():
+        if is_wanted or os.path.isfile(picture):
+            outputs.append(output(picture, write_picture, "matplotlib", is_wanted))
+    if with_failures:
+        outputs.append(output(job.output("failed", "csv"), write_failures))
+    outputs.append(output(job.output("summary", "txt"), write_summary))
+    outputs.append(output(job.output("tokenized", "json"), write_record))
+    return outputs
+
+
+def check_outputs(job: Job) -> None:
+    """Make sure that all outputs can be written, by creating each. Raises UserError."""
+    for output in outputs_of(job):
+        if not output.is_wanted:
+            continue
+        try:
+            if output.path.is_dir() and not output.is_folder:
+                raise IsADirectoryError(errno.EISDIR, "a folder is in its place", str(output.path))
+            output.temporary.parent.mkdir(parents=True, exist_ok=True)
+            output.temporary.touch()
+        except OSError as error:
+            raise UserError(
+                f"{output.path} cannot be written: {error}. Change that, or choose another place "
+                "with --output_dir (for a picture, with --plot)."
+            ) from error
+        finally:
+            shutil.rmtree(output.temporary.parent, ignore_errors=True)
+
+
+def write_output(output: Output, job: Job, totals: Totals) -> None:
+    """Write an output under its temporary name. Raises OSError, with a path."""
+    if not output.is_wanted and not find_spec(output.needs):
+        raise ImportError(f"{output.needs} is not installed")
+    output.temporary.parent.mkdir(parents=True, exist_ok=True)
+    output.write(job, totals, output.temporary)
+
+
+def put_in_place(output: Output) -> None:
+    """Rename an output from its temporary name. An old folder, unlike a file, has to go first."""
+    if output.is_folder and output.path.is_dir():
+        output.path.rename(output.temporary.with_name("old"))
+    output.temporary.replace(output.path)
+
+
+def succeeds(output: Output, step: Callable[..., None], *others: object) -> bool:
+    """Do a step for an output. If that fails, say so if it is optional; raise the error if not."""
+    try:
+        step(output, *others)
+        return True
+    except Exception as error:
+        if not output.needs:
+            if isinstance(error, OSError) and not error.filename:  # as errors of writing are
+                raise OSError(error.errno, error.strerror, str(output.path)) from error
+            raise
+        old = " The file is of an earlier run." if output.path.exists() else ""
+        reason = str(error) or type(error).__name__
+        say(f"note: {output.path} could not be written: {reason}.{old}")
+        return False
 
 
 def write_outputs(job: Job) -> int:
-    """Write every output under a temporary name, and rename them when all are complete.
+    """Write every output under a temporary name, and put them in place when all are complete.
 
-    Returns the exit status: 1 if no clip could be tokenized; the old outputs then stay.
+    Returns the exit status: 1 if no clip could be tokenized, or an optional output not be written.
     """
-    clips, failed, parent = job.dataset.clips, job.output("failed", "csv"), job.settings.output_dir
-    failures = [(clip.fname, clip.error) for clip in clips if clip.error]
-    num_done = len(clips) - len(failures)
-    encoded = {clip.name for clip in clips if clip.encoded_s}  # several rows may have one name
-    num_new = sum(clip.name in encoded for clip in clips)
-    remove_old(parent, ".unfinished-*")
-    with TemporaryDirectory(prefix=".unfinished-", dir=parent, ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        new = write_views(job, folder) if num_done else []
-        if failures and (num_done or not job.csv.exists()):
-            new.insert(-1, failed)
-            with (folder / failed.name).open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerows([("fname", "error"), *failures])
-        if num_done:
-            refuse_to_lose_rows(job, num_done)  # another run may have finished meanwhile
-        for path in new:
-            if path.parent == parent:
-                (folder / path.name).replace(path)
-            else:  # a picture's, perhaps on another disk
-                shutil.copyfile(folder / path.name, path)
-        if not failures:
-            failed.unlink(missing_ok=True)
-    see = f" (see {failed})" if failures else ""
-    if not num_done:
-        more = f"{job.csv} stays as it is" if job.csv.exists() else f"all reasons: {failed}"
-        none = f"error: none of {counted(len(clips), 'clip')} could be tokenized"
-        say(f"{none}. {': '.join(failures[0])}; {more}")
-        return 1
+    clips = job.dataset.clips
+    num_failed = sum(bool(clip.error) for clip in clips)
+    if num_failed == len(clips):
+        return tell_that_all_failed(job)
+    outputs, totals = outputs_of(job, with_failures=num_failed > 0), Totals()
+    for folder in {output.path.parent for output in outputs}:
+        remove_old(folder, UNFINISHED)
+    try:
+        written, status = [], 0
+        for output in outputs:
+            if succeeds(output, write_output, job, totals):
+                written.append(output)
+            elif output.is_wanted or find_spec(output.needs):
+                status = 1
+        refuse_to_lose_rows(job, len(totals.clips))  # another run may have finished meanwhile
+        for output in reversed(written):
+            if not succeeds(output, put_in_place):
+                status = 1
+        if not num_failed:
+            job.output("failed", "csv").unlink(missing_ok=True)
+    finally:
+        for output in outputs:
+            shutil.rmtree(output.temporary.parent, ignore_errors=True)
+    tell_what_was_done(job, totals)
+    return status
+
+
+def tell_that_all_failed(job: Job) -> int:
+    """Say why no clip could be tokenized; the old outputs stay. Returns the exit status."""
+    clips, failed = job.dataset.clips, job.output("failed", "csv")
+    more = f"{job.csv_path} stays as it is"
+    if not job.csv_path.exists():
+        write_failures(job, Totals(), failed)
+        more = f"all reasons: {failed}"
+    reason = f"{clips[0].fname}: {clips[0].error}"
+    say(f"error: none of {counted(len(clips), 'clip')} could be tokenized. {reason}; {more}")
+    return 1
+
+
+def tell_what_was_done(job: Job, totals: Totals) -> None:
+    num_done, num_rows = len(totals.clips), totals.shapes.total()
+    num_failed = len(job.dataset.clips) - num_done
+    encoded = {clip.name for clip in job.dataset.clips if clip.encoded_s}
+    num_new = sum(clip.name in encoded for clip in job.dataset.clips)  # rows may share a name
     counts = f"{num_new:,} encoded now, {num_done - num_new:,} already there"
-    done = f"{counted(num_done, 'clip')} tokenized ({counts}), {len(failures):,} failed{see}"
-    with suppress(OSError):  # a closed stdout is no error: the files are there all the same
-        print(f"{job.csv}: {done}. Summary: {job.output('summary', 'txt')}", flush=True)
-    return 0
-
-
-def write_views(job: Job, folder: Path) -> list[Path]:
-    """Write the outputs into a temporary folder; returns where they go. A new one is added here.
-
-    A Parquet file or a picture of an earlier run is brought up to date, too. The JSON comes first
-    and the CSV last: between these two renames, the JSON knows the size of either CSV.
-    """
-    totals = write_csv(job, folder / job.csv.name)
-    facts = summarize(job, totals)
-    record, summary = job.output("tokenized", "json"), job.output("summary", "txt")
-    (folder / summary.name).write_text(text_summary(facts), encoding="utf-8")
-    new, picture, parquet = [record, summary], picture_path(job), job.output("tokenized", "parquet")
-    if picture:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        new.insert(0, picture)  # to copy it may fail: then all the others stay as they are
-        write_picture(job, totals, facts, folder / picture.name)
-        facts["picture"] = os.path.relpath(picture, job.settings.output_dir)
-    if job.settings.parquet or parquet.exists():
-        new.append(parquet)
-        write_parquet(job, folder / parquet.name)
-    sizes = [path.stat().st_size for path in (folder / job.csv.name, job.csv) if path.exists()]
-    facts["csv_bytes"] = sizes
-    (folder / record.name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    return [*new, job.csv]
+    see = f" (see {job.output('failed', 'csv')})" if num_failed else ""
+    print(
+        f"{job.csv_path}: {counted(num_done, 'clip')} tokenized ({counts}), {num_failed:,} "
+        f"failed{see}. Summary: {job.output('summary', 'txt')}",
+        flush=True,
+    )
+    averages = sum(clip.num_chunks > 1 for clip in totals.clips)
+    if averages and job.settings.aggregate not in DECODABLE:
+        say(
+            f"note: {averages:,} of {counted(num_rows, 'row')} are averages of several chunks, "
+            "which cannot be decoded; --whole or --aggregate none keep the codes"
+        )
 
 
 def remove_old(folder: Path, pattern: str, remove: Callable[[Path], None] = shutil.rmtree) -> None:
@@ -2409,76 +2584,128 @@ def remove_old(folder: Path, pattern: str, remove: Callable[[Path], None] = shut
 # ------------------------------------------------------------------------------------- the picture
 
 
-def picture_path(job: Job) -> Path | None:
-    """Return --plot's path, or that of an earlier run's picture, below --output_dir, if any."""
-    settings, earlier = job.settings, job.read_record().get("picture")
-    if settings.plot is None:
-        path = settings.output_dir / str(earlier)
-        return path if earlier and path.is_file() else None
-    path = settings.output_dir / (settings.plot or job.output("summary", "png").name)
-    path = path if path.suffix else path.with_suffix(".png")
-    if settings.plot and settings.dataset == "both":
-        path = path.with_stem(f"{path.stem}_{job.dataset.stem}")
-    return path
+def picture_path(job: Job) -> Path:
+    """Return where --plot puts the picture, by default or under its name, below --output_dir."""
+    settings, default = job.settings, job.output("summary", "png")
+    if not settings.plot:
+        return default
+    path = settings.output_dir / settings.plot
+    if settings.dataset == "both":
+        path = path.with_name(f"{path.stem}_{job.dataset.stem}{path.suffix}")
+    return path if path.suffix else path.with_suffix(".png")
 
 
-def write_picture(job: Job, totals: Totals, facts: dict, path: Path) -> None:
-    """Draw durations, chunks and codes in use; below, a short, a median and a long clip's tokens.
+def write_picture(job: Job, totals: Totals, path: Path) -> None:
+    """Draw durations, chunks and codes in use; below, a short, a median and a long clip.
 
     The figure is as wide as a page (7.2 in), with text of 8 pt, and PDFs hold TrueType fonts.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    done = sorted(totals.done, key=lambda item: item[1].duration_sec)
+    names = [["durations", "chunks", "books"], ["wave 0", "wave 1", "wave 2"]]
+    if job.settings.whole:  # each clip is one chunk
+        names[0][1] = "durations"
+    names.append(["codes 0", "codes 1", "codes 2"])
     with rc_context({"font.size": 8, "axes.titlesize": 8, "pdf.fonttype": 42}):
         figure = Figure(figsize=(7.2, 6.4), layout="constrained")
-        title = f"{job.dataset.stem}: {job.codes.name}, {job.weights_file or job.weights}"
+        title = f"{job.dataset.stem}: {job.codes_dir.name}, {job.weights_file or job.weights}"
         figure.suptitle(title, parse_math=False)
-        panels = figure.subplots(3, 3, height_ratios=(2, 1, 2))
-        durations, chunks, books = panels[0]
-        durations.hist([kept.duration_sec for _, kept in done], bins=40)
-        durations.set(xlabel="duration of a clip (s)", ylabel="clips")
-        counts = Counter(kept.num_chunks for _, kept in done)
-        chunks.bar(counts.keys(), counts.values())
-        chunks.set(xlabel="chunks of a clip", ylabel="clips")
-        for name, label in {"codes_in_use": "in use", "perplexity": "perplexity"}.items():
-            books.plot(facts[f"{name}_per_codebook"], "o", label=label)
-        books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes", ylim=(0, None))
-        books.legend(frameon=False)
-        for (clip, _), column in zip((done[0], done[(len(done) - 1) // 2], done[-1]), panels[1:].T):
-            draw_clip(job, clip, column)
+        panels = figure.subplot_mosaic(names, height_ratios=(2, 1, 2))
+        draw_totals(job, totals, panels)
+        by_duration = sorted(totals.clips, key=lambda clip: clip.duration_sec)
+        last = len(by_duration) - 1
+        # The shortest and the longest clip of many are often odd ones.
+        for column, at in enumerate((int(0.1 * last), last // 2, math.ceil(0.9 * last))):
+            draw_clip(
+                job, by_duration[at].clip, panels[f"wave {column}"], panels[f"codes {column}"]
+            )
+        what = "each as a whole" if job.settings.whole else "each with the codes of its first chunk"
         figure.supxlabel(
-            "A short, a median and a long clip: its first chunk, and the codes of its first row.\n"
+            f"A short, a median and a long clip, {what}.\n"
             "Grey is zero padding. Colours tell codes apart and have no order.",
             fontsize=8,
         )
         figure.savefig(path, dpi=300)
 
 
-def draw_clip(job: Job, clip: Clip, panels: np.ndarray) -> None:
-    """Draw a clip's first chunk, and below it the codes of its first row; padding is grey."""
-    wave, tokens = panels
-    settings, kept = replace(job.settings, device="cpu"), read_kept(job.codes, clip.name)
+def draw_totals(job: Job, totals: Totals, panels: dict[str, object]) -> None:
+    """Draw durations, chunks, and how many of its codes each codebook uses."""
+    seconds = [clip.duration_sec for clip in totals.clips]
+    edges = np.geomspace(0.95 * min(seconds), 1.05 * max(seconds), 41)
+    draw_histogram(panels["durations"], seconds, edges, "duration of a clip (s)")
+    if not job.settings.whole:
+        chunks = [clip.num_chunks for clip in totals.clips]
+        edges = np.unique(np.geomspace(1, max(chunks) + 1, 41).round()) - 0.5
+        draw_histogram(panels["chunks"], chunks, edges, "chunks of a clip")
+    facts, books = summarize(job, totals), panels["books"]
+    books.plot(facts["codes_in_use_per_codebook"], "o", label="in use")
+    books.plot(facts["perplexity_per_codebook"], "o", label="perplexity")
+    books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes", ylim=(0, None))
+    books.legend(frameon=False)
+
+
+def draw_histogram(panel: object, values: list[float], edges: np.ndarray, label: str) -> None:
+    """Draw a histogram over a log axis: one clip of minutes would flatten a linear one."""
+    from matplotlib.ticker import LogLocator
+
+    panel.hist(values, bins=edges)
+    panel.set(xscale="log", xlabel=label, ylabel="clips")
+    subs = (1, 2, 5) if edges[-1] < 300 * edges[0] else (1,)
+    panel.xaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("")
+
+
+def shorten(text: str, width: int) -> str:
+    """Cut a long text at its beginning: the end of a path tells more."""
+    return text if len(text) <= width else "\N{HORIZONTAL ELLIPSIS}" + text[1 - width :]
+
+
+def draw_clip(job: Job, clip: Clip, wave: object, tokens: object) -> None:
+    """Draw a clip's first chunk, and below it the codes of that chunk; padding is grey."""
+    settings, kept = replace(job.settings, device="cpu"), read_kept(job.codes_dir, clip.name)
     chunk_s = kept.duration_sec if settings.whole else settings.target_duration
     try:
         chunk = split_chunks(load_sound(clip.path, None, settings), settings)[1][0]
         wave.plot(np.linspace(0, chunk_s, chunk.shape[1]), chunk[0], color="black", linewidth=0.4)
     except (BadClip, OSError) as reason:
         say(f"note: the picture shows no waveform of {clip.fname}: {reason}")
-    title = f"{clip.fname[:24]}, {kept.duration_sec:.2f} s\n{clip.labels[:30]}"
+    name = f"{shorten(clip.fname, 20)}, {kept.duration_sec:.2f} s"
+    title = f"{name}\n{shorten(clip.labels, 30)}"
     wave.set_title(title, parse_math=False)
     wave.set(xlim=(0, chunk_s), ylim=(-1, 1), ylabel="full scale")
-    row = AGGREGATES[settings.aggregate](kept)[0]  # [K, F]
-    extent = (0, chunk_s, len(row) - 0.5, -0.5)
+    codes = kept.codes[0]  # [K, F]
+    extent = (0, chunk_s, len(codes) - 0.5, -0.5)
     look = {"cmap": "nipy_spectral", "vmin": 0, "vmax": NUM_CODES - 1, "interpolation": "nearest"}
-    tokens.imshow(row, aspect="auto", extent=extent, **look)
+    tokens.imshow(codes, aspect="auto", extent=extent, **look)
     tokens.set(xlabel="time (s)", ylabel="codebook")
-    for panel in panels:
+    for panel in (wave, tokens):
         panel.axvspan(min(kept.duration_sec, chunk_s), chunk_s, color="0.5", alpha=0.4, linewidth=0)
 
 
 # ---------------------------------------------------------------------------------------------- run
+
+
+class SafeStream:
+    """A stream whose errors do not end the run: a full disk, or a reader that has gone."""
+
+    def __init__(self, stream: io.TextIOBase | None) -> None:
+        self.stream = stream or open(os.devnull, "w")  # None if it was closed
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
+            with suppress(OSError):  # it flushes
+                stream.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError):  # ValueError: the stream has been closed
+            self.stream.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.stream, name)
 
 
 def run(settings: Settings) -> int:
@@ -2495,10 +2722,10 @@ def run(settings: Settings) -> int:
         warning = f"WARNING: UNTRAINED WEIGHTS. {UNTRAINED_WARNING}"
         say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
     encoder = make_encoder(model, settings)
-    clips = [clip for dataset in datasets for clip in dataset.clips]
+    clips = [clip for job in jobs for clip in job.dataset.clips]
     try:
         for job in jobs:
-            encode_dataset(job.dataset, job.codes, encoder)
+            encode_dataset(job.dataset, job.codes_dir, encoder)
     except (Exception, Interrupted):
         done = sum(bool(clip.sha256) for clip in clips)
         say(f"{done:,} of {counted(len(clips), 'clip')} finished; the same command resumes there")
@@ -2507,13 +2734,20 @@ def run(settings: Settings) -> int:
         encoded = sum(clip.encoded_s > 0 for clip in clips)
         say(f"process {RANK}: {counted(encoded, 'clip')} encoded. Process 0 writes the outputs.")
         return 0
-    return max(write_outputs(job) for job in jobs)
+    status = 0
+    for job in jobs:
+        try:
+            status = max(status, write_outputs(job))
+        except UserError as refusal:  # the other dataset is written all the same
+            say(f"error: {refusal}")
+            status = refusal.status
+    return status
 
 
 def prepare(job: Job) -> None:
     """Find the clips that are finished, and make sure that the others can be. Raises UserError."""
-    clips, output_dir = job.dataset.clips, job.settings.output_dir
-    num_gone = find_kept(job.dataset, job.codes, job.settings)
+    clips = job.dataset.clips
+    num_gone = find_kept(job.dataset, job.codes_dir, job.settings)
     num_missing = sum(clip.error.startswith(NO_FILE) for clip in clips)
     if num_missing and not any(clip.stamp for clip in clips):
         first = next(clip for clip in clips if clip.error)  # others may have codes
@@ -2523,56 +2757,64 @@ def prepare(job: Job) -> None:
         )
     if num_gone:
         say(f"note: the files of {counted(num_gone, 'clip')} are gone; their codes are still there")
+    check_outputs(job)
     refuse_to_lose_rows(job, sum(not clip.error for clip in clips))
     try:
-        job.codes.mkdir(parents=True, exist_ok=True)
-        if not os.access(output_dir, os.W_OK):
-            raise PermissionError(errno.EACCES, "it is read-only", str(output_dir))
+        job.codes_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be used: {error}") from error
-    remove_old(job.codes, "[0-9a-f]" * 32 + ".tmp", os.unlink)  # see write_kept
+        raise UserError(f"{job.codes_dir} cannot be used: {error}") from error
+    remove_old(job.codes_dir, "[0-9a-f]" * 32 + ".tmp", os.unlink)  # see write_kept
+
+
+def interrupt(number: int, _: object) -> None:
+    """End the run at SIGINT or SIGTERM. Later ones are ignored: torchrun sends a second one."""
+    for other in (signal.SIGINT, signal.SIGTERM):
+        # Not SIG_IGN: Python reports an error if the other signal has arrived, too.
+        signal.signal(other, lambda *_: None)
+    raise Interrupted(128 + number)
 
 
 def main(argv: list[str] | None = None, settings: Settings | None = None) -> int:
     """Run a command line (default: the process's own), or its settings. Returns the exit status.
 
-    0: finished, failed clips are listed. 1: nothing could be tokenized, or the run broke. 2: usage,
-    dataset or weights not found, a CSV would lose rows. 130, 143: interrupted.
+    0: finished, failed clips are listed. 1: nothing could be tokenized, an optional output could
+    not be written, or the run broke. 2: usage, dataset or weights not found, a CSV would lose rows.
+    130, 143: interrupted.
     """
     settings = settings or parse_settings(argv)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which macOS reports as leaked
-    for name in ("stdout", "stderr"):  # None if they were closed
-        stream = getattr(sys, name) or open(os.devnull, "w")
-        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
-            stream.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
-        setattr(sys, name, stream)
+    previous = {}
+    with redirect_stdout(SafeStream(sys.stdout)), redirect_stderr(SafeStream(sys.stderr)):
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.signal(number, interrupt)
+            return run_and_report(settings)
+        except Interrupted as interrupted:
+            say("interrupted")
+            return interrupted.args[0]
+        finally:
+            torch.set_num_threads(THREADS)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
-    def interrupt(number: int, _: object) -> None:
-        for other in (signal.SIGINT, signal.SIGTERM):  # torchrun sends a second one
-            signal.signal(other, signal.SIG_IGN)
-        raise Interrupted(128 + number)
 
-    previous = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+def run_and_report(settings: Settings) -> int:
+    """Run the settings, and print what went wrong in a sentence. Returns the exit status."""
     try:
         return run(settings)
-    except Interrupted as interrupted:
-        status, message = interrupted.args[0], "interrupted"
     except (UserError, RunError) as error:
-        status, message = error.status, f"error: {error}"
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = str(error).partition(". ")[0]
-        ways_on = "Lower --batch_size, --workers or --max_duration; the same command resumes."
-        status, message = 1, f"error: out of memory: {reason}. {ways_on}"
+        say(f"error: {error}")
+        return error.status
     except Exception as error:
         if settings.debug:
             traceback.print_exc()
-        status, message = 1, f"error: {type(error).__name__}: {error} (--debug tells more)"
-    finally:
-        torch.set_num_threads(THREADS)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    say(message)
-    return status
+        if is_out_of_memory(error):
+            reason = textwrap.shorten(str(error), 160)
+            ways_out = "Lower --batch_size, --workers or --max_duration; the same command resumes."
+            say(f"error: out of memory: {reason}. {ways_out}")
+        else:
+            say(f"error: {type(error).__name__}: {error} (--debug tells more)")
+        return 1
 
 
 def leave(status: int) -> None:
@@ -2584,7 +2826,7 @@ def leave(status: int) -> None:
     if "IPython" in sys.modules:
         sys.exit(status)
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):  # it is None if it was closed
             stream.flush()
     os._exit(status)
 

@@ -167,13 +167,21 @@ def limit_file_size(max_bytes: int) -> None:
 
 
 def close_stream(number: int, path: str | None) -> None:
-    """Close stdout (1) or stderr (2), as `>&-` does, or let it lead to `path`, as `> path`."""
+    """Close stdout (1) or stderr (2), as `>&-` does, or let it lead to `path`, as `> path`.
+
+    "pipe" is one whose reader has ended, as in `| head -1`.
+    """
     name = {1: "stdout", 2: "stderr"}[number]
     if path is None:
         os.close(number)
         setattr(sys, name, None)
     else:
-        os.dup2(os.open(path, os.O_WRONLY), number)
+        if path == "pipe":
+            reader, writer = os.pipe()
+            os.close(reader)
+        else:
+            writer = os.open(path, os.O_WRONLY)
+        os.dup2(writer, number)
         setattr(sys, name, open(number, "w", buffering=1, closefd=False))
 
 

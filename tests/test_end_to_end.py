@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from unittest.mock import Mock
 
 import numpy as np
@@ -108,7 +108,66 @@ def test_csv_is_as_the_contract_says(run, make_dataset, sound, tmp_path):
     assert names == [f"codes_{STEM}", *outputs]
     (folder,) = (tmp_path / "out" / names[0]).iterdir()
     assert re.fullmatch("encodec_24khz_6kbps_2s-[0-9a-f]{8}", folder.name)
+    assert json.loads(path.with_suffix(".json").read_text())["codes_folder"] == (
+        f"codes_{STEM}/{folder.name}"
+    )
     assert np.load(folder / "a.wav.npz")["codes"].shape == (3, 8, 150)
+
+
+CELLS = ["x\ry", "x\ny", "x\r\ny", 'x"y"', '"', "x,y", "x;y\tz", "#x", "\ufeffx", "x\\", "x\x85y"]
+READERS = {
+    "csv": lambda path: [row[:2] for row in read_rows(path)],
+    "pandas": lambda path: pd.read_csv(
+        path, header=None, dtype=str, usecols=[0, 1]
+    ).values.tolist(),
+    "pandas, python": lambda path: pd.read_csv(
+        path, header=None, dtype=str, usecols=[0, 1], engine="python"
+    ).values.tolist(),
+}
+
+
+@pytest.mark.usefixtures("ready_made_codes")
+def test_a_csv_is_read_as_it_was_written(run, sound, tmp_path):
+    """Python's csv.writer does not quote a lone carriage return before 3.11.9 and 3.12.3."""
+    rows = [(f"{i}{cell.strip()}.wav", cell) for i, cell in enumerate(CELLS)]
+    bad = [(f"bad{i}{cell.strip()}.wav", "") for i, cell in enumerate(CELLS)]
+    for name, _ in rows:
+        soundfile.write(tmp_path / name, sound(0.1, 8_000), 8_000)
+    with (tmp_path / "m.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("fname", "labels"), *rows, *bad])
+    flags = ["--metadata", tmp_path / "m.csv", "--audio_dir", tmp_path, "--target_duration", "0.1"]
+    assert run(*flags)[0] == 0
+    failed = [(name, "no such file") for name, _ in bad]
+    for reader, read in READERS.items():
+        expected = [list(row) for row in [("fname", "labels"), *rows]]
+        assert read(tmp_path / "out" / "tokenized_m.csv") == expected, reader
+        expected = [list(row) for row in [("fname", "error"), *failed]]
+        assert read(tmp_path / "out" / "failed_m.csv") == expected, reader
+
+
+@pytest.mark.usefixtures("ready_made_codes")
+@pytest.mark.parametrize("how", ["mean", "latent", "none"])
+def test_a_run_says_which_rows_cannot_be_decoded(how, run, make_dataset, sound):
+    root = make_dataset({f"{i}.wav": (sound(s, 8_000), 8_000) for i, s in enumerate([0.5, 3, 4])})
+    note = "note: 2 of 3 rows are averages of several chunks, which cannot be decoded; --whole or"
+    assert (note in run("--input_dir", root, "--aggregate", how)[2]) == (how == "mean")
+
+
+@pytest.mark.usefixtures("ready_made_codes")
+def test_nothing_to_encode_shows_no_bar(run, make_dataset, sound):
+    flags = ["--input_dir", make_dataset({"a.wav": (sound(0.5, 8_000), 8_000)})]
+    assert "0/1" in run(*flags)[2] and "%|" not in run(*flags)[2]
+
+
+@pytest.mark.usefixtures("ready_made_codes")
+def test_a_package_without_metadata_has_an_unknown_version(run, monkeypatch, tmp_path):
+    def no_metadata(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(encodec_tokenizer, "version", no_metadata)
+    assert run("--dataset", "sample")[0] == 0
+    facts = json.loads((tmp_path / "out" / "tokenized_sample.json").read_text())
+    assert facts["versions"]["torch"] == "unknown"
 
 
 @pytest.mark.usefixtures("ready_made_codes")
@@ -218,7 +277,7 @@ def test_the_script_runs_on_the_bundled_sample(weights, tmp_path):
     args += ["--weights", weights("encodec_24khz")]
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     env |= {"PYTHONPATH": str(tmp_path), "PROBE": str(tmp_path / "probe")}
-    command = [sys.executable, ROOT / "encodec_tokenizer.py", *args]
+    command = [sys.executable, "-OO", ROOT / "encodec_tokenizer.py", *args]  # no docstrings
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     log = done.stderr
     assert done.returncode == 0, log
@@ -248,11 +307,16 @@ except SystemExit as stop:
 
 
 def test_a_notebook_can_run_it_and_goes_on(tmp_path):
-    """With %run, in IPython's process, whose streams have their own kind."""
+    """With %run, in IPython's process, whose streams have their own kind; without bars."""
     flags = ["--dataset", "sample", "--max_samples", "1", "--weights", "untrained"]
     command = f"import sys; sys.argv = {[str(ROOT / 'encodec_tokenizer.py'), *flags]}" + NOTEBOOK
     done = subprocess.run(
-        [sys.executable, "-c", command], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"TQDM_DISABLE": "1"},
     )
     assert "1 clip tokenized (1 encoded now" in done.stdout, done.stderr
+    assert "%|" not in done.stderr
     assert "goes on after status 0" in done.stdout

@@ -8,7 +8,10 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import soundfile
+from matplotlib.figure import Figure
 from pyarrow import parquet
+
+import encodec_tokenizer
 
 pytestmark = pytest.mark.usefixtures("ready_made_codes")
 
@@ -25,6 +28,26 @@ def test_a_picture_shows_a_short_a_median_and_a_long_clip(run, make_dataset, sou
     assert "train_curated: encodec_48khz" in " ".join(texts)
     titles = [text for text in texts if ".wav" in text]
     assert titles == ["2 $1 $.wav, 0.50 s", "0 $1 $.wav, 1.00 s", "1 $1 $.wav, 3.00 s"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--aggregate", "medoid"], ["--whole"]])
+def test_a_picture_shows_the_codes_of_what_is_drawn(flags, run, sound, tmp_path, monkeypatch):
+    """The first chunk, or the whole clip; one long clip leaves the others' durations apart."""
+    name, figures = f"{'a long name ' * 5}of a clip.wav", []
+    for at, seconds in enumerate([0.5, 1.0, 1.5, 5.0]):
+        soundfile.write(tmp_path / f"{at} {name}", sound(seconds, 8_000), 8_000)
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: figures.append(self))
+    monkeypatch.setattr(encodec_tokenizer, "put_in_place", lambda output: None)
+    run("--audio_dir", tmp_path, "--plot", *flags)
+    panels = {panel.get_label(): panel for panel in figures[0].axes}
+    assert panels["durations"].get_xscale() == "log" and ("chunks" in panels) == (
+        "--whole" not in flags
+    )
+    (folder,) = (tmp_path / "out" / f"codes_{tmp_path.name}").iterdir()
+    for column, at in enumerate((0, 1, 3)):
+        codes = np.load(folder / f"{at} {name}.npz")["codes"][0]
+        assert (panels[f"codes {column}"].images[0].get_array() == codes).all()
+        assert "of a clip.wav, " in panels[f"wave {column}"].get_title()
 
 
 @pytest.mark.parametrize(
@@ -95,16 +118,79 @@ def test_further_columns_of_numbers_are_numbers_in_parquet(run, sound, tmp_path)
     assert table["big"] == ["12345678901234567890", "1"]  # a float would lose digits
 
 
-def test_a_picture_needs_no_audio_and_outputs_stay_up_to_date(run, make_dataset, sound, tmp_path):
-    """A Parquet file and a picture that are there are written again without their flags."""
-    root = make_dataset({f"{i}.wav": (sound(0.3, 8_000), 8_000) for i in range(2)})
-    assert run("--input_dir", root, "--parquet", "--plot", "figure")[0] == 0
+# ------------------------------------------------------------------------------ as optional outputs
+
+PICTURE, PARQUET = "summary_train_curated.png", "tokenized_train_curated.parquet"
+
+
+@pytest.fixture
+def root(make_dataset, sound):
+    return make_dataset({f"{i}.wav": (sound(0.3, 8_000), 8_000) for i in range(2)})
+
+
+def test_only_outputs_under_default_names_stay_up_to_date(run, root, tmp_path):
+    """Without their flags, too; the picture needs no audio."""
+    assert run("--input_dir", root, "--parquet", "--plot")[0] == 0
+    assert run("--input_dir", root, "--plot", "mine")[0] == 0
+    old = (tmp_path / "out" / PICTURE).read_bytes()
+    assert run("--input_dir", root, "--plot", "mine", "--max_samples", "1")[0] == 0
+    assert (tmp_path / "out" / PICTURE).read_bytes() != old
     for path in (root / "train_curated").iterdir():
         path.unlink()
-    out = tmp_path / "out"
-    old = (out / "figure.png").read_bytes()
-    status, _, err = run("--input_dir", root, "--aggregate", "none", "--overwrite")
+    paths = [tmp_path / "out" / name for name in (PARQUET, PICTURE, "mine.png")]
+    old = [path.read_bytes() for path in paths]
+    status, _, err = run("--input_dir", root, "--aggregate", "none")
     assert status == 0 and "the picture shows no waveform of 0.wav: " in err
-    assert (out / "figure.png").read_bytes() != old
-    parquet = pd.read_parquet(out / "tokenized_train_curated.parquet")
-    assert "chunk" in parquet.columns
+    assert "chunk" in pd.read_parquet(paths[0]).columns
+    assert [path.read_bytes() != was for path, was in zip(paths, old)] == [True, True, False]
+
+
+def test_an_old_output_whose_package_is_gone_stays(run, root, tmp_path, monkeypatch):
+    assert run("--input_dir", root, "--parquet", "--plot")[0] == 0
+    old = (tmp_path / "out" / PARQUET).read_bytes()
+    monkeypatch.setattr(encodec_tokenizer, "find_spec", lambda name: name == "torch")
+    status, out, err = run("--input_dir", root, "--max_samples", "1")
+    assert status == 0 and "1 clip tokenized" in out
+    assert f"{PARQUET} could not be written: pyarrow is not installed. The file is of an ear" in err
+    assert f"{PICTURE} could not be written: matplotlib is not installed" in err
+    assert (tmp_path / "out" / PARQUET).read_bytes() == old
+
+
+@pytest.mark.parametrize("step", ["write", "rename"])
+def test_an_optional_output_that_fails_costs_no_csv(step, run, root, tmp_path, monkeypatch):
+    def fail(job, totals, path):
+        path.write_text("half") if step == "write" else path.mkdir()
+        if step == "write":
+            raise MemoryError("no memory to draw it")
+
+    assert run("--input_dir", root, "--plot")[0] == 0
+    old = (tmp_path / "out" / PICTURE).read_bytes()
+    monkeypatch.setattr(encodec_tokenizer, "write_picture", fail)
+    status, out, err = run("--input_dir", root, "--max_samples", "1", "--plot")
+    assert status == 1 and "1 clip tokenized" in out
+    assert re.search(f"note: .*{PICTURE} could not be written: .*The file is of an earlier", err)
+    assert (tmp_path / "out" / PICTURE).read_bytes() == old
+    assert not list((tmp_path / "out").glob(".unfinished*"))
+    assert len(pd.read_csv(tmp_path / "out" / "tokenized_train_curated.csv")) == 1
+
+
+def test_a_folder_can_be_an_output_and_is_replaced(run, root, tmp_path, monkeypatch):
+    """It is a function and a line in outputs_of."""
+    outputs_of = encodec_tokenizer.outputs_of
+    folder = tmp_path / "out" / "lists"
+
+    def write_folder(job, totals, path):
+        path.mkdir()
+        for fact in totals.clips:
+            (path / fact.clip.fname).touch()
+
+    def with_a_folder(job, **options):
+        temporary = folder.with_name(".unfinished-lists") / folder.name
+        output = encodec_tokenizer.Output(folder, temporary, write_folder, is_folder=True)
+        return [*outputs_of(job, **options), output]
+
+    monkeypatch.setattr(encodec_tokenizer, "outputs_of", with_a_folder)
+    for count in (2, 1):
+        assert run("--input_dir", root, "--max_samples", count)[0] == 0
+        assert len(list(folder.iterdir())) == count
+    assert not list((tmp_path / "out").glob(".unfinished*"))

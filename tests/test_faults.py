@@ -12,6 +12,8 @@ import sys
 import time
 from functools import partial
 from itertools import count
+from pathlib import Path
+from unittest.mock import Mock
 
 import faults
 import numpy as np
@@ -183,13 +185,42 @@ def test_a_signal_ends_the_run_and_says_how_to_resume(number, status, data, expe
     assert data.run() == 0 and data.rows() == expected
 
 
-@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]])
+def test_signals_to_a_stopped_process_end_it(numbers, data):
+    """When it goes on, another thread than the main one may get them; its log is no terminal."""
+    process = data.start(slow_s=1)
+    while "loading" not in data.log.read_text() and not data.kept():
+        assert process.is_alive()
+    for number in (signal.SIGSTOP, *numbers, signal.SIGCONT):
+        os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode in (130, 143), data.said
+    assert data.said.endswith("interrupted\n") and "Error" not in data.said
+
+
+@pytest.mark.parametrize("place", range(5))
 def test_a_signal_between_the_renames_loses_no_csv(place, data, expected):
-    assert data.run("--max_samples", "4") == 0
-    old = data.csv().read_bytes()
-    assert data.run(before=[partial(faults.signal_at_rename, place)]) == 143
-    assert data.csv().read_bytes() == old
+    """The picture, which lies elsewhere, is the old or the new one, too."""
+    flags = ("--plot", "../elsewhere/picture.svg")
+    picture = data.folder / "elsewhere" / "picture.svg"
+    assert data.run("--max_samples", "4", *flags) == 0
+    old, old_picture = data.csv().read_bytes(), picture.read_text()
+    assert data.run(*flags, before=[partial(faults.signal_at_rename, place)]) == 143
+    assert data.csv().read_bytes() == old and data.failed().exists()
+    assert picture.read_text().endswith("</svg>\n")
+    assert (picture.read_text() == old_picture) == (place < 4)
+    assert [path.name for path in picture.parent.iterdir()] == [picture.name]
     assert data.run() == 0 and data.rows() == expected and not data.encoded
+
+
+def test_the_list_of_failures_goes_after_the_csv_has_come(data):
+    """When the bad clips are repaired: the run ends just before it renames the CSV."""
+    assert data.run() == 0
+    old = data.rows()
+    for i in BAD:
+        shutil.copy(data.clip(0), data.clip(i))
+    assert data.run(before=[partial(faults.signal_at_rename, 2)]) == 143 and data.rows() == old
+    assert data.run() == 0 and not data.failed().exists()
 
 
 # ---------------------------------------------------------------------- what changes between runs
@@ -234,16 +265,21 @@ def test_a_file_that_changes_while_it_is_read_fails_once(data, expected):
 # ----------------------------------------------------------------------------- the machine at fault
 
 SEVENTH = partial(faults.at_clip, "007.wav")
-GPU = torch.OutOfMemoryError("CUDA. Tried to allocate 2 GiB.")
+GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+CPU = RuntimeError("[enforce fail] . can't allocate memory: you tried to allocate 9 bytes.")
 MACHINE = {
     "EMFILE": (partial(SEVENTH, faults.use_up_descriptors), "Too many open files"),
     "EIO": (partial(faults.fail_to_read, "007.wav", errno.EIO), "Input/output error: .*007.wav'"),
     "EIO at codes": (partial(faults.fail_to_read, ".npz", errno.EIO), "Input/output error: .*npz'"),
     "EIO at the JSON": (partial(faults.fail_to_read, ".json", errno.EIO), "Input/output error"),
     "full disk at codes": (partial(faults.limit_file_size, 3_000), "File too large: .*npz'"),
-    "full disk at the CSV": (partial(faults.limit_file_size, 15_000), "File too large"),
+    "full disk at the CSV": (
+        partial(faults.limit_file_size, 15_000),
+        f"File too large: .*{STEM}.csv",
+    ),
     "no memory": (partial(faults.no_memory, MemoryError("bad_alloc")), "out of memory: bad_alloc"),
-    "no GPU memory": (partial(faults.no_memory, GPU), "out of memory: CUDA. Lower --batch_size"),
+    "no GPU memory": (partial(faults.no_memory, GPU), "out of memory: CUDA out of .*--batch_size"),
+    "no CPU memory": (partial(faults.no_memory, CPU), "out of memory: .*you tried to allocate 9"),
 }
 
 
@@ -282,15 +318,52 @@ def test_an_unmounted_audio_folder_stops_the_run(when, data, expected):
     assert data.run() == 0 and data.rows() == expected
 
 
-@pytest.mark.parametrize("out", ["file", "file/below", "dangling link"])
-def test_an_output_folder_that_cannot_be_used_is_refused(out, data):
+IN_THE_WAY = {  # the output that cannot be written, and why
+    "a file": ([], "file", f"file/tokenized_{STEM}.csv", "Not a directory"),
+    "a file above": ([], "file/below", f"file/below/tokenized_{STEM}.csv", "Not a directory"),
+    "a dangling link": ([], "dangling", f"dangling/tokenized_{STEM}.csv", "File exists"),
+    "a folder for the CSV": ([], "csv", f"csv/tokenized_{STEM}.csv", "a folder is in its place"),
+    "one for the JSON": ([], "json", f"json/tokenized_{STEM}.json", "a folder is in its place"),
+    "one for the picture": (["--plot", "../csv"], "out", "out/../csv.png", "a folder is in its"),
+    "one for failures": ([], "failed", f"failed/failed_{STEM}.csv", "a folder is in its place"),
+    "a long name": (["--plot", 252 * "x"], "out", f"out/{252 * 'x'}.png", "File name too long"),
+    "a full name": (["--metadata", f"{245 * 'x'}.csv", "--audio_dir", "."], "out", "", "too long"),
+}
+
+
+@pytest.mark.parametrize("flags, out, path, reason", IN_THE_WAY.values(), ids=IN_THE_WAY)
+def test_what_is_in_the_way_is_told_first(flags, out, path, reason, data, monkeypatch):
+    monkeypatch.chdir(data.folder)
+    (data.folder / f"{245 * 'x'}.csv").write_text(f"fname,label\n{data.clip(0)},x\n")
     (data.folder / "file").write_text("mine")
-    (data.folder / "dangling link").symlink_to(data.folder / "nowhere" / "at all")
-    assert data.run(out=out) == 2 and not data.encoded
-    assert f"error: --output_dir {data.folder / out} cannot be used" in data.said
+    (data.folder / "dangling").symlink_to(data.folder / "nowhere" / "at all")
+    for name in ("csv.png", f"csv/tokenized_{STEM}.csv", f"json/tokenized_{STEM}.json"):
+        (data.folder / name).mkdir(parents=True)
+    (data.folder / "failed" / f"failed_{STEM}.csv").mkdir(parents=True)
+    assert data.run(*flags, out=out) == 2 and not data.encoded
+    assert f"error: {data.folder / path}" in data.said and "cannot be written: " in data.said
+    assert reason in data.said
+    assert not list(data.folder.rglob(".unfinished*"))
 
 
-@pytest.mark.parametrize("streams", [[(1, "/dev/full")], [(1, None), (2, None)]])  # None: closed
+@pytest.mark.usefixtures("ready_made_codes")
+def test_a_read_only_folder_is_told_first(run, data, monkeypatch):
+    read_only = OSError(errno.EROFS, "Read-only file system", "out")
+    monkeypatch.setattr(Path, "touch", Mock(side_effect=read_only))
+    status, _, err = run("--input_dir", data.root)
+    assert status == 2 and "cannot be written: [Errno 30] Read-only" in err and not data.kept()
+
+
+STREAMS = {
+    "stdout full": [(1, "/dev/full")],
+    "stderr full": [(2, "/dev/full")],
+    "stderr unread": [(2, "pipe")],
+    "both unread": [(1, "pipe"), (2, "pipe")],
+    "both closed": [(1, None), (2, None)],
+}
+
+
+@pytest.mark.parametrize("streams", STREAMS.values(), ids=STREAMS)
 def test_a_run_that_nobody_can_read_finishes_all_the_same(streams, data, expected):
     before = [partial(faults.close_stream, *stream) for stream in streams]
     assert data.run("--debug", before=before) == 0, data.said

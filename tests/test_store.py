@@ -227,13 +227,6 @@ def test_names_that_differ_in_case_are_two_clips(again, root):
     assert again("--input_dir", root) == 2
 
 
-def test_a_read_only_output_folder_is_refused_at_once(run, root, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "out")
-    status, _, err = run("--input_dir", root)
-    assert status == 2 and f"it is read-only: '{tmp_path / 'out'}'" in err
-    assert not list((tmp_path / "out").rglob("*.npz"))
-
-
 def test_names_that_share_a_file_of_codes_stop_the_run(run, root, tmp_path, monkeypatch):
     """As Kick.wav and kick.wav on some disks: no clip gets the codes of the other."""
     monkeypatch.setattr(encodec_tokenizer, "kept_path", lambda folder, name: folder / "same.npz")
@@ -284,6 +277,16 @@ def test_only_old_temporary_files_of_ours_are_removed(run, root, tmp_path):
     assert {path: path.exists() for path in there} == there
 
 
+def test_only_old_folders_of_ours_are_removed(run, root, tmp_path):
+    out = tmp_path / "out"
+    ours, drafts = out / f".unfinished-{'0a' * 16}", out / ".unfinished-drafts"
+    for path in (ours, drafts):
+        path.mkdir(parents=True)
+        os.utime(path, (time.time() - 90_000,) * 2)
+    assert run("--input_dir", root, "--target_duration", "0.5")[0] == 0
+    assert [path.exists() for path in (ours, drafts)] == [False, True]
+
+
 # --------------------------------------------------------------------------------------- refusals
 
 
@@ -300,7 +303,7 @@ REFUSALS = {
     "bandwidth": (["--bandwidth", "3"], "--bandwidth: 6.0 -> 3.0"),
     "aggregate": (["--aggregate", "none"], "--aggregate: mean -> none"),
     "whole": (["--whole"], "--whole: False -> True"),
-    "weights": (["--weights", "other.th"], "--weights: trained.th -> other.th"),
+    "weights": (["--weights", "other.th"], "--weights: trained. -> other.th"),
     "fewer": (["--max_samples", "2"], "3 clips -> 2 clips: rows would be lost"),
 }
 
@@ -312,7 +315,8 @@ def test_a_csv_of_other_settings_is_not_replaced(flags, says, weighed, root, tmp
     old = [path.read_bytes() for path in paths]
     status, _, err = weighed("--input_dir", root, *flags)
     assert status == 2 and says in err
-    assert "Move the CSV elsewhere" in err and "--overwrite" in err
+    for way_out in ("Move the CSV elsewhere", "--overwrite", "another --output_dir"):
+        assert way_out in err
     assert [path.read_bytes() for path in paths] == old
     assert weighed("--input_dir", root, *flags, "--overwrite")[0] == 0
     assert paths[1].read_bytes() != old[1]
@@ -348,6 +352,26 @@ def test_a_csv_that_is_not_ours_is_not_replaced(weighed, root, tmp_path):
 def test_rows_of_untrained_weights_may_be_replaced(again, weighed, root):
     assert again("--input_dir", root) == 3
     assert weighed("--input_dir", root, "--bandwidth", "3")[0] == 0
+
+
+def test_a_refusal_names_the_clips_that_fail_and_why(weighed, root):
+    assert weighed("--input_dir", root)[0] == 0
+    (root / "train_curated" / "1.wav").write_bytes(b"")
+    status, _, err = weighed("--input_dir", root)
+    assert status == 2 and "3 clips -> 2 clips: rows would be lost" in err
+    assert "  1.wav: empty file (0 bytes)" in err
+
+
+def test_of_both_a_refusal_keeps_only_its_own_rows(weighed, make_dataset, sound, tmp_path):
+    """After all clips are encoded, when it turns out that one of them fails now."""
+    for stem in ("train_curated", "train_noisy"):
+        clips = {f"{i}.wav": (sound(0.3, 8_000, seed=i), 8_000) for i in range(2)}
+        root = make_dataset(clips, stem)
+    assert weighed("--input_dir", root)[0] == 0
+    (root / "train_curated" / "1.wav").write_bytes(b"")
+    status, out, err = weighed("--input_dir", root, "--dataset", "both")
+    assert status == 2 and "rows would be lost" in err and "tokenized_train_noisy.csv: 2" in out
+    assert len((tmp_path / "out" / CSV).read_text().splitlines()) == 3
 
 
 def test_both_is_refused_before_anything_is_encoded(weighed, make_dataset, sound, tmp_path):

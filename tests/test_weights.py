@@ -4,14 +4,16 @@ import hashlib
 import io
 import json
 import pickle
+import socket
 import sys
+import threading
 
 import pytest
 import torch
 from conftest import untrained_model
 
 import encodec_tokenizer
-from encodec_tokenizer import MODELS, Settings, find_weights, load_model, resolve_device
+from encodec_tokenizer import MODELS, SAMPLE_DIR, Settings, find_weights, load_model, resolve_device
 
 SAMPLE = ["--dataset", "sample", "--max_samples", "1", "--target_duration", "0.5"]
 
@@ -78,6 +80,53 @@ def test_a_download_that_was_altered_is_refused(meta, cache, run):
     assert "invalid hash value" in err
     assert not list(cache.iterdir())
     assert status == 0 and "UNTRAINED" in err  # the sample goes on without
+
+
+NO_DOWNLOAD = {  # what a server answers, by way of which proxy
+    "nonsense": (b"nonsense\r\n\r\n", None),
+    "a nonsense length": (b"HTTP/1.1 200 OK\r\nContent-Length: much\r\n\r\nx", None),
+    "too little": (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nx", None),
+    "a proxy's port": (b"", "http://proxy:port/"),
+    "a proxy's scheme": (b"", "socks9://[::"),
+    "a proxy's spaces": (b"", "http://a b/"),
+}
+
+
+@pytest.mark.parametrize("answer, proxy", NO_DOWNLOAD.values(), ids=NO_DOWNLOAD)
+def test_a_download_that_fails_in_any_way_is_told(answer, proxy, cache, run, monkeypatch):
+    def serve():
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(9999)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        monkeypatch.setattr(encodec_tokenizer, "ROOT_URL", url)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        if proxy:
+            monkeypatch.setenv("http_proxy", proxy)
+        status, _, err = run("--audio_dir", SAMPLE_DIR, weights="pretrained")
+    assert status == 2 and "could not be downloaded" in err and "--weights FILE" in err
+
+
+@pytest.mark.parametrize(
+    "words, is_memory",
+    [
+        ("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory", True),
+        ("could not create a primitive", True),
+        ("libtorch_cpu.so: failed to map segment from shared object", True),
+        ("libtorch_cpu.so: cannot enable executable stack: Cannot allocate memory", True),
+        ("CUDA out of memory. Tried to allocate 20.00 MiB.", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("libgomp.so.1: cannot allocate memory in static TLS block", False),  # not for want of it
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_too_little_memory_is_known_by_its_words(words, is_memory):
+    assert encodec_tokenizer.is_out_of_memory(RuntimeError(words)) == is_memory
 
 
 def test_a_failed_download_names_the_file_its_place_and_the_flag(
