@@ -89,19 +89,21 @@ STEMS = {  # the value of --dataset -> the stems of the output files
     "sample": ["sample"],
 }
 SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "sample"
-AGGREGATES: dict[str, Callable[[Kept], np.ndarray]] = {  # the rows [R, K, F] of a clip
+AGGREGATES: dict[str, Callable[[StoredCodes], np.ndarray]] = {  # the rows [R, K, F] of a clip
     # The mean of the chunks' codes, rounded: for several chunks the result is not a valid code.
-    "mean": lambda kept: np.rint(kept.codes.mean(axis=0, keepdims=True)).astype(np.uint16),
-    "latent": lambda kept: kept.latent[None],  # the codes of the mean of the chunks' latents
-    "medoid": lambda kept: kept.codes[[kept.medoid]],  # the chunk nearest to that mean
-    "none": lambda kept: kept.codes,  # a row for each chunk
+    "mean": lambda stored: np.rint(stored.codes.mean(axis=0, keepdims=True)).astype(np.uint16),
+    "latent": lambda stored: stored.mean_latent_codes[
+        None
+    ],  # the codes of the mean of the chunks' latents
+    "medoid": lambda stored: stored.codes[[stored.medoid]],  # the chunk nearest to that mean
+    "none": lambda stored: stored.codes,  # a row for each chunk
 }
 DECODABLE = {"latent", "medoid", "none"}  # aggregates that keep real codes, which `decode` accepts
 NUM_CODES = 1024  # entries of a codebook
 UNTRAINED = "untrained (seed 0)"
 UNTRAINED_WARNING = "These tokens are for testing only and have no meaning."
 PACKAGES = ("torch", "torchaudio", "encodec", "soundfile", "numpy", "torchcodec")
-KEPT_FORMAT = 2  # raise it when codes or their files change: then all clips are encoded anew
+CODES_FORMAT = 2  # raise it when codes or their files change: then all clips are encoded anew
 
 
 def environment_number(name: str, default: int) -> int:
@@ -443,7 +445,7 @@ Stamp = list[int]  # a file's size in bytes, mtime and ctime in nanoseconds, and
 class Clip:
     """One row of the dataset's table, and how far it has come.
 
-    find_file sets the fields from `name` to `error`. find_kept and encode_group set `sha256` when
+    find_file sets the fields from `name` to `error`. find_codes and encode_group set `sha256` when
     the clip has codes, or `error`.
     """
 
@@ -520,7 +522,7 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
     """Find a dataset's CSV and audio folder in `input_dir` or up to two folders below it.
 
     Kaggle lists its test clips in sample_submission.csv. A folder that is gone is no error yet:
-    clips whose codes are kept do not need it.
+    clips whose codes are stored do not need it.
     """
 
     def search(name: str) -> list[Path]:
@@ -607,7 +609,7 @@ def list_files(folder: Path) -> list[str]:
     """
 
     def report(error: OSError) -> None:
-        if fault_of_file(error, folder) != NO_FILE:
+        if reason_or_raise(error, folder) != NO_FILE:
             say(f"note: the folder {error.filename} is left out: {error.strerror}")
 
     found = []
@@ -645,7 +647,7 @@ def find_file(clip: Clip, dataset: Dataset, file: str | None = None) -> None:
         clip.name = name_below(dataset.audio_dir, clip.fname)
         clip.file = file or file_of_name(clip.name, dataset)
         clip.path = dataset.audio_dir / clip.file
-        clip.stamp = look_at(clip.path)
+        clip.stamp = file_stamp(clip.path)
     except BadClip as reason:
         clip.error = str(reason)
 
@@ -676,7 +678,7 @@ def name_below(folder: Path, fname: str) -> str:
     raise BadClip("the path is outside the audio folder (--audio_dir)")
 
 
-def fault_of_file(error: OSError, path: Path) -> str:
+def reason_or_raise(error: OSError, path: Path) -> str:
     """Say what is wrong with a file. Raises an OSError with its path: the machine is at fault."""
     if error.errno not in CLIP_ERRNOS:
         raise OSError(error.errno, error.strerror or str(error), error.filename or str(path))
@@ -685,7 +687,7 @@ def fault_of_file(error: OSError, path: Path) -> str:
     return f"cannot be opened: {error.strerror}"
 
 
-def look_at(path: Path) -> Stamp:
+def file_stamp(path: Path) -> Stamp:
     """Return a file's stamp. Raises BadClip: it is no file, or cannot be reached.
 
     ctime, because `rsync -t`, `cp -p` and unzip set the mtime. The inode, because Linux gives equal
@@ -694,7 +696,7 @@ def look_at(path: Path) -> Stamp:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise BadClip(fault_of_file(error, path)) from error
+        raise BadClip(reason_or_raise(error, path)) from error
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise BadClip(f"{kind}, not a file")
@@ -1179,7 +1181,7 @@ def transformers_names(name: str) -> list[str]:
     return [name, newer.replace("weight_v", "parametrizations.weight.original1")]
 
 
-def fitting(state: dict, model: EncodecModel) -> dict[str, torch.Tensor] | None:
+def with_encodec_names(state: dict, model: EncodecModel) -> dict[str, torch.Tensor] | None:
     """Rename `state` to EnCodec's own names; None if it belongs to another model."""
     named = {}
     for name, wanted in model.state_dict().items():
@@ -1200,9 +1202,9 @@ def load_model(settings: Settings, path: Path | None) -> tuple[EncodecModel, str
     else:
         model = build_model(settings.model)
         state = read_state(path)
-        named = fitting(state, model)
+        named = with_encodec_names(state, model)
         if named is None:
-            others = [name for name in MODELS if fitting(state, build_model(name))]
+            others = [name for name in MODELS if with_encodec_names(state, build_model(name))]
             hint = "of no EnCodec model"
             if others:
                 hint = f"those of {others[0]}: add --model {others[0]}"
@@ -1274,7 +1276,7 @@ def one_core_pool(threads: int, process: int) -> ThreadPoolExecutor:
 
     `process` is os.getpid(): a forked process has none of its parent's threads.
     """
-    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(threads)
 
 
 def batched(items: list, size: int, key: Callable) -> Iterator[list]:
@@ -1340,18 +1342,21 @@ class Encoder:
             for start in range(0, chunk.shape[1], self.model.segment_stride or length):
                 segments.append((number, chunk[:, start : start + length]))
         segments.sort(key=lambda segment: -segment[1].shape[1])  # those of a chunk stay in order
-        pool = one_core_pool(self.threads, os.getpid())
         size = self.settings.batch_size
+        batches = list(batched(segments, size, key=self.batch_key))
+        # Nothing runs beside the LSTM of a lone batch. It sums in one order on any number of cores.
+        lstm_threads = min(4, self.threads) if len(batches) == 1 else 1
+        pool = one_core_pool(self.threads, os.getpid())
         places = [[] for _ in chunks]  # of a chunk's segments: a batch's Future, and the row in it
         waiting = deque()
 
         def queue_oldest_batch() -> None:
             numbers, started = waiting.popleft()
-            future = pool.submit(self.task, self.quantize_batch, started)
+            future = pool.submit(self.task, self.quantize_batch, started, lstm_threads)
             for row, number in enumerate(numbers):
                 places[number].append((future, row))
 
-        for batch in batched(segments, size, key=self.batch_key):
+        for batch in batches:
             numbers, audio = zip(*batch)
             waiting.append((numbers, self.start_convolving(pool, audio)))
             if len(waiting) > max(1, 4 // size):
@@ -1367,10 +1372,11 @@ class Encoder:
         """Segments with the same key can share a batch: here those of one length."""
         return segment[1].shape[1]
 
-    def task(self, function: Callable, argument: object) -> object:
+    def task(self, function: Callable, argument: object, threads: int = 1) -> object:
         """Call a function in the pool."""
         if self.stopped:
             raise RunError("the encoder was stopped")
+        torch.set_num_threads(threads)
         with torch.inference_mode():
             return function(argument)
 
@@ -1735,7 +1741,7 @@ def load_sound(sound: object, rate: object, settings: Settings) -> torch.Tensor:
     channels = MODELS[settings.model].channels
     if isinstance(sound, (str, os.PathLike)):
         path = Path(os.path.expanduser(os.fsdecode(sound)))
-        look_at(path)
+        file_stamp(path)
         samples, rate, _ = read_audio(path, channels, settings)
         return resample(samples, rate, settings)
     if not hasattr(sound, "__array__"):  # NumPy, PyTorch, pandas and others have it
@@ -1786,10 +1792,10 @@ GROUP_CLIPS = 16  # clips that are loaded and encoded together, at most
 GROUP_SECONDS = 120  # of audio that a group holds at a time, but at least one clip
 
 
-# A new field without a default makes all kept codes absent.
+# A new field without a default makes all stored codes absent.
 @dataclass(frozen=True, kw_only=True)
-class Kept:
-    """All that is kept of a clip: an .npz of arrays, whose comment holds the other fields as JSON.
+class StoredCodes:
+    """What is stored of a clip: an .npz of arrays, whose comment holds the other fields as JSON.
 
     An array is parsed when it is first used, which takes 0.1 ms.
     """
@@ -1805,74 +1811,74 @@ class Kept:
     arrays: Mapping[str, np.ndarray] | None = field(default=None, compare=False)
 
     # The codes of the N chunks: [N, K, F], uint16.
-    codes = cached_property(lambda kept: kept.arrays["codes"])
+    codes = cached_property(lambda stored: stored.arrays["codes"])
     # The codes of the mean of the chunks' latents: [K, F], uint16.
-    latent = cached_property(lambda kept: kept.arrays["latent"])
+    latent = cached_property(lambda stored: stored.arrays["latent"])
     # The chunk whose latents are nearest to that mean (Euclidean).
-    medoid = cached_property(lambda kept: int(kept.arrays["medoid"]))
+    medoid = cached_property(lambda stored: int(stored.arrays["medoid"]))
     # Where the chunks start: [N].
-    start_sec = cached_property(lambda kept: kept.arrays["start_sec"].tolist())
+    start_sec = cached_property(lambda stored: stored.arrays["start_sec"].tolist())
 
 
-FACTS = [field.name for field in fields(Kept) if field.name != "arrays"]
+FACTS = [field.name for field in fields(StoredCodes) if field.name != "arrays"]
 
 
-def kept_path(folder: Path, name: str) -> Path:
-    """Return where the codes of the clip of that name are kept, or will be."""
+def codes_path(folder: Path, name: str) -> Path:
+    """Return where the codes of the clip of that name are stored, or will be."""
     above, _, last = name.rpartition("/")
     if len(os.fsencode(last)) > 240:
         last = hashlib.sha256(os.fsencode(last)).hexdigest()
     return folder / above / f"{last}.npz"
 
 
-def read_kept(folder: Path, name: str, with_arrays: bool = True) -> Kept | None:
-    """Read what is kept of a clip. None if it is missing or damaged."""
-    path = kept_path(folder, name)
+def read_codes(folder: Path, name: str, with_arrays: bool = True) -> StoredCodes | None:
+    """Read what is stored of a clip. None if it is missing or damaged."""
+    path = codes_path(folder, name)
     try:
         data = path.read_bytes()
     except OSError as error:
-        fault_of_file(error, path)  # raises the machine's
+        reason_or_raise(error, path)  # raises the machine's
         return None
     if data[-8:] != b"%08x" % zlib.crc32(memoryview(data)[:-8]):
         return None
     try:
         # The comment follows 22 bytes that begin so, and JSON has no control characters.
         comment = data[data.rindex(b"PK\5\6") + 22 : -8]
-        kept = Kept(**json.loads(comment))
+        stored = StoredCodes(**json.loads(comment))
     except (TypeError, ValueError):  # TypeError: another version has written other fields
         return None
-    if kept.made_with != folder.name.rpartition("-")[2]:
+    if stored.made_with != folder.name.rpartition("-")[2]:
         return None
-    return replace(kept, arrays=np.load(io.BytesIO(data))) if with_arrays else kept
+    return replace(stored, arrays=np.load(io.BytesIO(data))) if with_arrays else stored
 
 
-def pack_kept(kept: Kept) -> bytes:
+def pack_codes(stored: StoredCodes) -> bytes:
     """Return a clip's .npz file. It ends in its comment, which ends in the CRC of all before it."""
     file = io.BytesIO()  # np.savez seeks back, which some disks do not allow
-    np.savez_compressed(file, **kept.arrays)
-    facts = {name: getattr(kept, name) for name in FACTS}
+    np.savez_compressed(file, **stored.arrays)
+    facts = {name: getattr(stored, name) for name in FACTS}
     with zipfile.ZipFile(file, "a") as archive:
         archive.comment = json.dumps(facts).encode() + bytes(8)
     data = file.getvalue()[:-8]
     return data + b"%08x" % zlib.crc32(data)
 
 
-def write_kept(folder: Path, name: str, kept: Kept) -> None:
-    """Write what is kept of a clip in one atomic step, and by one write: some disks only append.
+def write_codes(folder: Path, name: str, stored: StoredCodes) -> None:
+    """Write what is stored of a clip in one atomic step, and by one write: some disks only append.
 
     Raises BadClip: the file system does not take the clip's name. OSError, with the path: any other
     fault.
     """
-    path, temporary = kept_path(folder, name), folder / f"{uuid.uuid4().hex}.tmp"
+    path, temporary = codes_path(folder, name), folder / f"{uuid.uuid4().hex}.tmp"
     try:
-        temporary.write_bytes(pack_kept(kept))
+        temporary.write_bytes(pack_codes(stored))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(path)
         except OSError as error:
             if error.errno not in CLIP_ERRNOS - {errno.EACCES, errno.EPERM}:
                 raise
-            raise BadClip(f"its codes cannot be kept under its name: {error.strerror}") from error
+            raise BadClip(f"its codes cannot be stored under its name: {error.strerror}") from error
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
@@ -1880,51 +1886,51 @@ def write_kept(folder: Path, name: str, kept: Kept) -> None:
             temporary.unlink()
 
 
-def may_use(kept: Kept, clip: Clip, settings: Settings, compare: bool) -> bool:
-    """Tell whether the codes that are kept under a clip's name are those of its file.
+def may_use(stored: StoredCodes, clip: Clip, settings: Settings, compare: bool) -> bool:
+    """Tell whether the codes that are stored under a clip's name are those of its file.
 
     They are if the file is gone, or has the stamp that it had. Otherwise, as after a copy, its
     content decides, which is read only if `compare`.
     Raises BadClip: the clip is too long, or its file cannot be read.
     """
     is_gone = clip.error.startswith(NO_FILE)
-    usable = is_gone or clip.stamp == kept.stamp
+    usable = is_gone or clip.stamp == stored.stamp
     if not usable and compare:
         try:
-            usable = sha256_of(clip.path) == kept.sha256
+            usable = sha256_of(clip.path) == stored.sha256
         except OSError as error:
-            raise BadClip(fault_of_file(error, clip.path)) from error
+            raise BadClip(reason_or_raise(error, clip.path)) from error
     if usable:
-        check_duration(kept.duration_sec, settings)
+        check_duration(stored.duration_sec, settings)
     return usable
 
 
-def still_means(kept: Kept, clip: Clip, dataset: Dataset) -> bool:
+def still_means(stored: StoredCodes, clip: Clip, dataset: Dataset) -> bool:
     """Tell whether a clip's name means the file that was encoded, there or not, and no other.
 
     It does not if the name is there as it stands, nor in another audio folder without that file.
     """
     if clip.stamp and clip.file == clip.name:
         return False
-    return kept.folder == clip.folder or os.path.isfile(dataset.audio_dir / kept.file)
+    return stored.folder == clip.folder or os.path.isfile(dataset.audio_dir / stored.file)
 
 
-def find_kept(dataset: Dataset, folder: Path, settings: Settings) -> int:
-    """Find the clips whose codes are kept; returns how many files of theirs are gone.
+def find_codes(dataset: Dataset, folder: Path, settings: Settings) -> int:
+    """Find the clips whose codes are stored; returns how many files of theirs are gone.
 
     What a name meant when it was encoded counts more than a file that it fits now.
     """
     num_gone = 0
     for clip in show_progress(dataset.clips, f"{dataset.stem}: looking for codes", delay=2):
-        kept = read_kept(folder, clip.name, with_arrays=False)
-        if kept is None:
+        stored = read_codes(folder, clip.name, with_arrays=False)
+        if stored is None:
             continue
-        if kept.file != clip.file and still_means(kept, clip, dataset):
-            find_file(clip, dataset, kept.file)
+        if stored.file != clip.file and still_means(stored, clip, dataset):
+            find_file(clip, dataset, stored.file)
         try:
-            if may_use(kept, clip, settings, compare=False):
+            if may_use(stored, clip, settings, compare=False):
                 num_gone += not clip.stamp
-                clip.sha256, clip.error = kept.sha256, ""
+                clip.sha256, clip.error = stored.sha256, ""
         except BadClip as reason:
             clip.error = str(reason)
     return num_gone
@@ -1936,35 +1942,37 @@ def show_progress(clips: list[Clip], what: str, **options: object) -> tqdm:
     return tqdm(clips, what, unit="clip", position=LOCAL_RANK, **options)
 
 
-def look_again(clip: Clip, folder: Path, settings: Settings) -> Kept | None:
-    """Look again for a clip's codes: another process may have made them since find_kept.
+def look_again(clip: Clip, folder: Path, settings: Settings) -> StoredCodes | None:
+    """Look again for a clip's codes: another process may have made them since find_codes.
 
     Codes of another content are removed, so that they never come back. For errors see may_use.
     """
-    kept = read_kept(folder, clip.name)
-    while kept and not may_use(kept, clip, settings, compare=True):
-        now = read_kept(folder, clip.name)
-        if now == kept:
+    stored = read_codes(folder, clip.name)
+    while stored and not may_use(stored, clip, settings, compare=True):
+        now = read_codes(folder, clip.name)
+        if now == stored:
             check_unchanged(clip)
-            kept_path(folder, clip.name).unlink(missing_ok=True)
+            codes_path(folder, clip.name).unlink(missing_ok=True)
             return None
-        kept = now  # another process has just written these
-    if kept and kept.stamp != clip.stamp:
+        stored = now  # another process has just written these
+    if stored and stored.stamp != clip.stamp:
         with suppress(OSError, BadClip):  # it only saves the next run this comparison
             check_unchanged(clip)
-            now = replace(kept, file=clip.file, folder=clip.folder, stamp=clip.stamp)
-            write_kept(folder, clip.name, now)
-    return kept
+            now = replace(stored, file=clip.file, folder=clip.folder, stamp=clip.stamp)
+            write_codes(folder, clip.name, now)
+    return stored
 
 
 def check_unchanged(clip: Clip) -> None:
     """Raise BadClip if a clip's file is not as the run has found it (some disks change inodes)."""
-    if look_at(clip.path)[:3] != clip.stamp[:3]:
+    if file_stamp(clip.path)[:3] != clip.stamp[:3]:
         raise BadClip("the file changed while it was read; the next run tries it again")
 
 
-def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[torch.Tensor]]:
-    """Read a clip's file: returns what will be kept of it besides codes, and its chunks [C, T].
+def load_clip(
+    clip: Clip, folder: Path, settings: Settings
+) -> tuple[StoredCodes, list[torch.Tensor]]:
+    """Read a clip's file: returns what will be stored of it besides codes, and its chunks [C, T].
 
     Raises BadClip: the clip is at fault. OSError, with its path: the machine is at fault.
     """
@@ -1972,10 +1980,10 @@ def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[
     try:
         samples, rate, digest = read_audio(clip.path, model.channels, settings)
     except OSError as error:
-        raise BadClip(fault_of_file(error, clip.path)) from error
+        raise BadClip(reason_or_raise(error, clip.path)) from error
     check_unchanged(clip)
     starts, chunks = split_chunks(resample(samples, rate, settings), settings)
-    kept = Kept(
+    stored = StoredCodes(
         file=clip.file,
         folder=clip.folder,
         stamp=clip.stamp,
@@ -1986,7 +1994,7 @@ def load_clip(clip: Clip, folder: Path, settings: Settings) -> tuple[Kept, list[
         made_with=folder.name.rpartition("-")[2],
         arrays={"start_sec": np.array(starts) / model.sample_rate},
     )
-    return kept, chunks
+    return stored, chunks
 
 
 def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
@@ -2000,11 +2008,11 @@ def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
         if settings.debug:
             say(f"{clip.fname}: loading")
         try:
-            kept = look_again(clip, folder, settings)
-            if kept:
-                clip.sha256 = kept.sha256
+            stored = look_again(clip, folder, settings)
+            if stored:
+                clip.sha256 = stored.sha256
                 continue
-            kept, chunks = load_clip(clip, folder, settings)
+            stored, chunks = load_clip(clip, folder, settings)
         except BadClip as reason:
             clip.error = str(reason)
             if clip.error == NO_FILE:
@@ -2015,20 +2023,20 @@ def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
             if settings.debug:
                 say(f"{clip.fname} [{clip.labels}]: FAILED: {reason}")
             continue
-        if loaded and seconds + kept.duration_sec > GROUP_SECONDS:
+        if loaded and seconds + stored.duration_sec > GROUP_SECONDS:
             encode_clips(loaded, folder, encoder)
             loaded, seconds = [], 0.0
-        loaded.append((clip, kept, chunks))
-        seconds += kept.duration_sec
+        loaded.append((clip, stored, chunks))
+        seconds += stored.duration_sec
     encode_clips(loaded, folder, encoder)
 
 
 def encode_clips(
-    loaded: list[tuple[Clip, Kept, list[torch.Tensor]]], folder: Path, encoder: Encoder
+    loaded: list[tuple[Clip, StoredCodes, list[torch.Tensor]]], folder: Path, encoder: Encoder
 ) -> None:
-    """Encode clips of load_clip together, and keep their codes. Raises OSError: see write_kept."""
+    """Encode clips of load_clip together, and keep their codes. Raises OSError: see write_codes."""
     encoded = encoder.encode([chunk for _, _, chunks in loaded for chunk in chunks])
-    for clip, kept, chunks in loaded:
+    for clip, stored, chunks in loaded:
         codes, latents = zip(*islice(encoded, len(chunks)))
         arrays = {"codes": np.stack(codes), "latent": codes[0], "medoid": 0}
         if len(chunks) > 1:
@@ -2037,12 +2045,12 @@ def encode_clips(
             arrays["latent"] = encoder.quantize(mean)[0]
             arrays["medoid"] = int((latents - mean).pow(2).sum(dim=(1, 2)).argmin())
         try:
-            write_kept(folder, clip.name, replace(kept, arrays=kept.arrays | arrays))
-            clip.sha256, clip.encoded_s = kept.sha256, kept.duration_sec
+            write_codes(folder, clip.name, replace(stored, arrays=stored.arrays | arrays))
+            clip.sha256, clip.encoded_s = stored.sha256, stored.duration_sec
         except BadClip as reason:
             clip.error = str(reason)
         if encoder.settings.debug:
-            what = f"{kept.duration_sec:.3f} s, {counted(len(chunks), 'chunk')} {clip.error}"
+            what = f"{stored.duration_sec:.3f} s, {counted(len(chunks), 'chunk')} {clip.error}"
             say(f"{clip.fname} [{clip.labels}]: {what}")
 
 
@@ -2133,8 +2141,8 @@ class Job:
 
     @cached_property
     def codes_dir(self) -> Path:
-        """The folder of the kept codes; its name ends in a hash of all that decides codes."""
-        settings, decides = self.settings, {"weights": self.weights, "format": KEPT_FORMAT}
+        """The folder of the stored codes; its name ends in a hash of all that decides codes."""
+        settings, decides = self.settings, {"weights": self.weights, "format": CODES_FORMAT}
         decides |= {name: self.made_with.get(name) for name in DECIDE_CODES}
         digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
         length = "whole" if settings.whole else f"{settings.target_duration:g}s"
@@ -2187,41 +2195,41 @@ def refuse_to_lose_rows(job: Job, num_clips: int) -> None:
 
 
 # The columns before the tokens. A new one is added here.
-COLUMNS: dict[str, Callable[[Clip, Kept, int], object]] = {
-    "fname": lambda clip, kept, row: clip.fname,
-    "labels": lambda clip, kept, row: clip.labels,
-    "num_tokens": lambda clip, kept, row: kept.codes[0].size,
-    "token_shape": lambda clip, kept, row: str(kept.codes.shape[1:]),
-    "num_chunks": lambda clip, kept, row: kept.num_chunks,
-    "duration_sec": lambda clip, kept, row: round(kept.duration_sec, 6),
+COLUMNS: dict[str, Callable[[Clip, StoredCodes, int], object]] = {
+    "fname": lambda clip, stored, row: clip.fname,
+    "labels": lambda clip, stored, row: clip.labels,
+    "num_tokens": lambda clip, stored, row: stored.codes[0].size,
+    "token_shape": lambda clip, stored, row: str(stored.codes.shape[1:]),
+    "num_chunks": lambda clip, stored, row: stored.num_chunks,
+    "duration_sec": lambda clip, stored, row: round(stored.duration_sec, 6),
 }
-CHUNK_COLUMNS: dict[str, Callable[[Clip, Kept, int], object]] = {  # with --aggregate none
-    "chunk": lambda clip, kept, row: row,
-    "start_sec": lambda clip, kept, row: round(kept.start_sec[row], 6),
+CHUNK_COLUMNS: dict[str, Callable[[Clip, StoredCodes, int], object]] = {  # with --aggregate none
+    "chunk": lambda clip, stored, row: row,
+    "start_sec": lambda clip, stored, row: round(stored.start_sec[row], 6),
 }
 Row = tuple[dict[str, object], np.ndarray]  # the cells by column, and the codes [K, F]
 
 
-def rows_of(job: Job) -> Iterator[tuple[Clip, Kept, list[Row]]]:
-    """Yield the tokenized clips in the table's order, each with what is kept of it and its rows.
+def rows_of(job: Job) -> Iterator[tuple[Clip, StoredCodes, list[Row]]]:
+    """Yield the tokenized clips in the table's order, each with what is stored of it and its rows.
 
-    Raises RunError: what is kept is not of the content that this run has seen.
+    Raises RunError: what is stored is not of the content that this run has seen.
     """
     columns = COLUMNS | (CHUNK_COLUMNS if job.settings.aggregate == "none" else {})
     clips = [clip for clip in job.dataset.clips if clip.sha256]
     for clip in show_progress(clips, f"{job.dataset.stem}: writing", delay=2):
-        kept = read_kept(job.codes_dir, clip.name)
-        if kept is None or kept.sha256 != clip.sha256:
+        stored = read_codes(job.codes_dir, clip.name)
+        if stored is None or stored.sha256 != clip.sha256:
             raise RunError(
-                f"{kept_path(job.codes_dir, clip.name)} does not hold the codes of {clip.path}: "
+                f"{codes_path(job.codes_dir, clip.name)} does not hold the codes of {clip.path}: "
                 "another run has replaced it, or this disk takes two names for one (Kick.wav, "
                 "kick.wav). The same command tries again."
             )
         rows = []
-        for row, codes in enumerate(AGGREGATES[job.settings.aggregate](kept)):
-            cells = {name: cell(clip, kept, row) for name, cell in columns.items()}
+        for row, codes in enumerate(AGGREGATES[job.settings.aggregate](stored)):
+            cells = {name: cell(clip, stored, row) for name, cell in columns.items()}
             rows.append((cells | clip.extra, codes))
-        yield clip, kept, rows
+        yield clip, stored, rows
 
 
 class ClipFacts(NamedTuple):
@@ -2241,10 +2249,10 @@ class Totals:
         self.shapes: Counter[tuple[int, ...]] = Counter()  # (K, F) of the rows
         self.code_counts = 0  # [K, 1024]: how often the chunks have each code
 
-    def add(self, clip: Clip, kept: Kept, num_rows: int) -> None:
-        self.clips.append(ClipFacts(clip, kept.duration_sec, kept.num_chunks, kept.silent))
-        self.shapes[kept.codes.shape[1:]] += num_rows
-        books = kept.codes.swapaxes(0, 1)  # [K, N, F]
+    def add(self, clip: Clip, stored: StoredCodes, num_rows: int) -> None:
+        self.clips.append(ClipFacts(clip, stored.duration_sec, stored.num_chunks, stored.silent))
+        self.shapes[stored.codes.shape[1:]] += num_rows
+        books = stored.codes.swapaxes(0, 1)  # [K, N, F]
         counts = [np.bincount(book.ravel(), minlength=NUM_CODES) for book in books]
         self.code_counts += np.array(counts)
 
@@ -2267,8 +2275,8 @@ def write_csv(job: Job, totals: Totals, path: Path) -> None:
     whole, has_header = job.settings.whole, False
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv_writer(file)
-        for clip, kept, rows in rows_of(job):
-            totals.add(clip, kept, len(rows))
+        for clip, stored, rows in rows_of(job):
+            totals.add(clip, stored, len(rows))
             for cells, codes in rows:
                 if not has_header:
                     names = ["tokens"] if whole else [f"token_{i}" for i in range(codes.size)]
@@ -2664,24 +2672,26 @@ def shorten(text: str, width: int) -> str:
 
 def draw_clip(job: Job, clip: Clip, wave: object, tokens: object) -> None:
     """Draw a clip's first chunk, and below it the codes of that chunk; padding is grey."""
-    settings, kept = replace(job.settings, device="cpu"), read_kept(job.codes_dir, clip.name)
-    chunk_s = kept.duration_sec if settings.whole else settings.target_duration
+    settings, stored = replace(job.settings, device="cpu"), read_codes(job.codes_dir, clip.name)
+    chunk_s = stored.duration_sec if settings.whole else settings.target_duration
     try:
         chunk = split_chunks(load_sound(clip.path, None, settings), settings)[1][0]
         wave.plot(np.linspace(0, chunk_s, chunk.shape[1]), chunk[0], color="black", linewidth=0.4)
     except (BadClip, OSError) as reason:
         say(f"note: the picture shows no waveform of {clip.fname}: {reason}")
-    name = f"{shorten(clip.fname, 20)}, {kept.duration_sec:.2f} s"
+    name = f"{shorten(clip.fname, 20)}, {stored.duration_sec:.2f} s"
     title = f"{name}\n{shorten(clip.labels, 30)}"
     wave.set_title(title, parse_math=False)
     wave.set(xlim=(0, chunk_s), ylim=(-1, 1), ylabel="full scale")
-    codes = kept.codes[0]  # [K, F]
+    codes = stored.codes[0]  # [K, F]
     extent = (0, chunk_s, len(codes) - 0.5, -0.5)
     look = {"cmap": "nipy_spectral", "vmin": 0, "vmax": NUM_CODES - 1, "interpolation": "nearest"}
     tokens.imshow(codes, aspect="auto", extent=extent, **look)
     tokens.set(xlabel="time (s)", ylabel="codebook")
     for panel in (wave, tokens):
-        panel.axvspan(min(kept.duration_sec, chunk_s), chunk_s, color="0.5", alpha=0.4, linewidth=0)
+        panel.axvspan(
+            min(stored.duration_sec, chunk_s), chunk_s, color="0.5", alpha=0.4, linewidth=0
+        )
 
 
 # ---------------------------------------------------------------------------------------------- run
@@ -2747,7 +2757,7 @@ def run(settings: Settings) -> int:
 def prepare(job: Job) -> None:
     """Find the clips that are finished, and make sure that the others can be. Raises UserError."""
     clips = job.dataset.clips
-    num_gone = find_kept(job.dataset, job.codes_dir, job.settings)
+    num_gone = find_codes(job.dataset, job.codes_dir, job.settings)
     num_missing = sum(clip.error.startswith(NO_FILE) for clip in clips)
     if num_missing and not any(clip.stamp for clip in clips):
         first = next(clip for clip in clips if clip.error)  # others may have codes
@@ -2763,7 +2773,7 @@ def prepare(job: Job) -> None:
         job.codes_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{job.codes_dir} cannot be used: {error}") from error
-    remove_old(job.codes_dir, "[0-9a-f]" * 32 + ".tmp", os.unlink)  # see write_kept
+    remove_old(job.codes_dir, "[0-9a-f]" * 32 + ".tmp", os.unlink)  # see write_codes
 
 
 def interrupt(number: int, _: object) -> None:

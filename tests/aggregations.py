@@ -59,14 +59,14 @@ def measure(path: Path, fewest: int) -> tuple[str, np.ndarray]:
     clips, bags = tagging.read_bags(path)
     targets = MultiLabelBinarizer().fit_transform(clips["labels"].str.split(","))
     targets = targets[:, targets.sum(axis=0) >= fewest]
-    kept = targets.any(axis=1)  # the others have rare labels only
+    stored = targets.any(axis=1)  # the others have rare labels only
     table = pd.read_csv(path, keep_default_na=False)
-    table = table[table["fname"].isin(clips["fname"][kept])]
-    targets, owners = targets[kept], pd.factorize(table["fname"])[0]
+    table = table[table["fname"].isin(clips["fname"][stored])]
+    targets, owners = targets[stored], pd.factorize(table["fname"])[0]
     tokens = compressed(scale(table.filter(regex=r"^token_\d+$")))
     plain = OneVsRestClassifier(LogisticRegression(C=0.01, solver="liblinear"))
     numbers = cell(plain, tokens, owners, targets)
-    codes = cell(tagging.classifier(), bags[kept], np.arange(len(targets)), targets)
+    codes = cell(tagging.classifier(), bags[stored], np.arange(len(targets)), targets)
     return f"{numbers} | {codes}", targets
 
 

@@ -63,15 +63,15 @@ def load_model(settings: script.Settings, path: Path | None) -> tuple[SimpleName
 
 def use_small_groups_and_ready_made_codes() -> None:
     script.GROUP_CLIPS, script.make_encoder, script.load_model = 4, Codes, load_model
-    write_kept = script.write_kept
+    write_codes = script.write_codes
 
-    def write_and_tell(folder: Path, name: str, kept: script.Kept) -> None:
-        is_new = not script.kept_path(folder, name).exists()
-        write_kept(folder, name, kept)
+    def write_and_tell(folder: Path, name: str, stored: script.StoredCodes) -> None:
+        is_new = not script.codes_path(folder, name).exists()
+        write_codes(folder, name, stored)
         if is_new:
             script.say(f"encoded {name}")
 
-    script.write_kept = write_and_tell
+    script.write_codes = write_and_tell
 
 
 # ------------------------------------------------------------------------------ what can be done to

@@ -103,13 +103,13 @@ def stand_in(
             residual = residual - earlier.codebook[earlier.encode(residual.T[None])[0]]
         distances = torch.cdist(residual, residual)
         apart = 0.15 * residual.std() * residual.shape[1] ** 0.5
-        free, kept = torch.ones(len(residual), dtype=torch.bool), []
+        free, stored = torch.ones(len(residual), dtype=torch.bool), []
         for j in range(len(residual)):
-            if free[j] and len(kept) < len(layer.codebook):
-                kept.append(j)
+            if free[j] and len(stored) < len(layer.codebook):
+                stored.append(j)
                 free &= distances[j] >= apart
         layer.codebook.fill_(1e3)  # out of reach of any latent
-        layer.codebook[: len(kept)] = residual[kept]
+        layer.codebook[: len(stored)] = residual[stored]
     residual = parts[0]
     for i, layer in enumerate(model.quantizer.vq.layers):
         if i >= num_codebooks:

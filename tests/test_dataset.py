@@ -121,10 +121,10 @@ def test_a_gone_audio_folder_of_a_finished_run_is_no_error(tmp_path, run):
 def test_the_bundled_sample_is_what_its_generator_makes(tmp_path):
     subprocess.run([sys.executable, ROOT / "tests" / "make_sample.py", tmp_path], check=True)
     assert (tmp_path / "sample.csv").read_text() == (SAMPLE_DIR / "sample.csv").read_text()
-    made, kept = sorted(tmp_path.glob("*.wav")), sorted(SAMPLE_DIR.glob("*.wav"))
-    assert [path.name for path in made] == [path.name for path in kept]
-    assert sum(path.stat().st_size for path in kept) < 1.5e6
-    for a, b in zip(made, kept):
+    made, stored = sorted(tmp_path.glob("*.wav")), sorted(SAMPLE_DIR.glob("*.wav"))
+    assert [path.name for path in made] == [path.name for path in stored]
+    assert sum(path.stat().st_size for path in stored) < 1.5e6
+    for a, b in zip(made, stored):
         (x, rate), (y, kept_rate) = (soundfile.read(path, dtype="int16") for path in (a, b))
         assert rate == kept_rate and np.abs(x.astype(int) - y).max() <= 1
 

@@ -237,7 +237,7 @@ def test_debug_shows_every_clip(run, make_dataset, sound):
 def test_a_break_is_one_sentence_and_with_debug_a_traceback(run, make_dataset, sound, monkeypatch):
     root = make_dataset({"a.wav": (sound(0.3), 44_100)})
     full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
-    monkeypatch.setattr(encodec_tokenizer, "write_kept", full)
+    monkeypatch.setattr(encodec_tokenizer, "write_codes", full)
     status, _, err = run("--input_dir", root)
     assert status == 1 and "No space left on device" in err and "Traceback" not in err
     assert "0 of 1 clip finished; the same command resumes there" in err

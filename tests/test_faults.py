@@ -62,7 +62,7 @@ class Data:
     def rows(self, out="out"):
         return [self.csv(out).read_bytes(), self.failed(out).read_bytes()]
 
-    def kept(self, out="out"):
+    def stored(self, out="out"):
         """Path of a clip's codes -> their bytes."""
         return {path: path.read_bytes() for path in (self.folder / out).rglob("*.npz")}
 
@@ -92,12 +92,12 @@ def data(make_dataset, sound, tmp_path):
 
 
 @pytest.fixture
-def expected(data, kept={}):  # noqa: B006 - the clips are the same in every test
+def expected(data, stored={}):  # noqa: B006 - the clips are the same in every test
     """The rows of an undisturbed run."""
-    if not kept:
+    if not stored:
         assert data.run(out="expected") == 0, data.said
-        kept["rows"] = data.rows("expected")
-    return kept["rows"]
+        stored["rows"] = data.rows("expected")
+    return stored["rows"]
 
 
 # -------------------------------------------------------------------------------------------- kills
@@ -123,12 +123,12 @@ def test_a_kill_at_any_step_to_the_disk_loses_nothing(data):
     assert data.run(*few, out="whole") == 0
     expected = data.rows("whole")
     for number, out in enumerate(killed_at_each_step(data, *few)):
-        before = data.kept(out)
+        before = data.stored(out)
         assert not data.csv(out).exists() or data.csv(out).read_bytes() == expected[0]
         kill = partial(faults.kill_at_step, number * 7 % 20)
         assert data.run(*few, out=out, before=[kill]) in (0, -9)
         assert data.run(*few, out=out) == 0 and data.rows(out) == expected
-        assert before.items() <= data.kept(out).items()  # none is encoded again
+        assert before.items() <= data.stored(out).items()  # none is encoded again
 
 
 def test_overwrite_killed_at_any_step_keeps_old_or_new_rows(data):
@@ -162,11 +162,11 @@ def test_random_kills_over_resumed_runs_change_nothing(kills, data, expected):
         out = f"round_{rounds}"
         process = data.start(out=out, slow_s=0.05)
         time.sleep(moments.uniform(0.05, 0.5))
-        before = data.kept(out)
+        before = data.stored(out)
         process.kill()
         process.join()
         done += process.exitcode == -9
-        assert before.items() <= data.kept(out).items()
+        assert before.items() <= data.stored(out).items()
         rounds += process.exitcode == 0
     assert data.run(out=out) == 0
     for path in data.folder.glob("round_*"):
@@ -176,7 +176,7 @@ def test_random_kills_over_resumed_runs_change_nothing(kills, data, expected):
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_run_and_says_how_to_resume(number, status, data, expected):
     process = data.start(slow_s=0.3)
-    while not data.kept():
+    while not data.stored():
         assert process.is_alive()
     os.kill(process.pid, number)
     assert end(process) == status
@@ -189,7 +189,7 @@ def test_a_signal_ends_the_run_and_says_how_to_resume(number, status, data, expe
 def test_signals_to_a_stopped_process_end_it(numbers, data):
     """When it goes on, another thread than the main one may get them; its log is no terminal."""
     process = data.start(slow_s=1)
-    while "loading" not in data.log.read_text() and not data.kept():
+    while "loading" not in data.log.read_text() and not data.stored():
         assert process.is_alive()
     for number in (signal.SIGSTOP, *numbers, signal.SIGCONT):
         os.kill(process.pid, number)
@@ -351,7 +351,7 @@ def test_a_read_only_folder_is_told_first(run, data, monkeypatch):
     read_only = OSError(errno.EROFS, "Read-only file system", "out")
     monkeypatch.setattr(Path, "touch", Mock(side_effect=read_only))
     status, _, err = run("--input_dir", data.root)
-    assert status == 2 and "cannot be written: [Errno 30] Read-only" in err and not data.kept()
+    assert status == 2 and "cannot be written: [Errno 30] Read-only" in err and not data.stored()
 
 
 STREAMS = {
@@ -386,7 +386,7 @@ def ranks(data, size, options=None, **common):
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_write_the_bytes_of_one(size, data, expected):
     assert ranks(data, size) == [0] * size
-    assert data.rows() == expected and len(data.kept()) == CLIPS - len(BAD)
+    assert data.rows() == expected and len(data.stored()) == CLIPS - len(BAD)
     logs = [(data.folder / f"log_{rank}.txt").read_text() for rank in range(size)]
     assert [log.count("Summary: ") for log in logs] == [1, *[0] * (size - 1)]
     assert all("Process 0 writes the outputs" in log for log in logs[1:])
@@ -405,7 +405,7 @@ def test_the_others_encode_what_a_killed_process_has_not(killed, data, expected)
     kill = {killed: {"before": [partial(faults.kill_at_step, 6)]}}  # at its first clip
     statuses = ranks(data, 3, options=kill, slow_s=0.3)
     assert statuses[killed] == -9 and statuses.count(0) == 2
-    assert len(data.kept()) == CLIPS - len(BAD) and data.csv().exists() == (killed != 0)
+    assert len(data.stored()) == CLIPS - len(BAD) and data.csv().exists() == (killed != 0)
     assert data.run() == 0 and not data.encoded and data.rows() == expected
 
 

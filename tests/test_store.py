@@ -1,4 +1,4 @@
-"""The codes that are kept: when they are used again, what is refused, what a damaged file does."""
+"""Stored codes: when they are used again, what is refused, what a damaged file does."""
 
 import errno
 import io
@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 import encodec_tokenizer
-from encodec_tokenizer import Kept, kept_path, read_kept, write_kept
+from encodec_tokenizer import StoredCodes, codes_path, read_codes, write_codes
 
 pytestmark = pytest.mark.usefixtures("ready_made_codes")
 CSV = "tokenized_train_curated.csv"
@@ -229,25 +229,25 @@ def test_names_that_differ_in_case_are_two_clips(again, root):
 
 def test_names_that_share_a_file_of_codes_stop_the_run(run, root, tmp_path, monkeypatch):
     """As Kick.wav and kick.wav on some disks: no clip gets the codes of the other."""
-    monkeypatch.setattr(encodec_tokenizer, "kept_path", lambda folder, name: folder / "same.npz")
+    monkeypatch.setattr(encodec_tokenizer, "codes_path", lambda folder, name: folder / "same.npz")
     status, _, err = run("--input_dir", root, "--workers", "1")
     assert status == 1 and "takes two names for one (Kick.wav, kick.wav)" in err
     assert not (tmp_path / "out" / CSV).exists()
 
 
 def test_a_name_that_cannot_be_kept_fails_alone(run, root, tmp_path):
-    (folder,) = kept_folders(run, root, tmp_path)
+    (folder,) = codes_folders(run, root, tmp_path)
     (folder / "1.wav.npz").unlink()
     (folder / "1.wav.npz").mkdir()
     (folder / "1.wav.npz" / "mine").touch()
     status, out, _ = run("--input_dir", root, "--target_duration", "0.5", "--overwrite")
     assert status == 0 and "2 clips tokenized (0 encoded now, 2 already there), 1 failed" in out
     failed = pd.read_csv(tmp_path / "out" / "failed_train_curated.csv")
-    assert failed["fname"].tolist() == ["1.wav"] and "cannot be kept" in failed["error"][0]
+    assert failed["fname"].tolist() == ["1.wav"] and "cannot be stored" in failed["error"][0]
     assert not list(folder.glob("*.tmp"))
 
 
-def kept_folders(run, root, tmp_path):
+def codes_folders(run, root, tmp_path):
     assert run("--input_dir", root, "--target_duration", "0.5")[0] == 0
     return list((tmp_path / "out" / "codes_train_curated").iterdir())
 
@@ -264,7 +264,7 @@ LEFT = {  # name below the folder of codes -> (days ago, is removed)
 
 
 def test_only_old_temporary_files_of_ours_are_removed(run, root, tmp_path):
-    (codes,) = kept_folders(run, root, tmp_path)
+    (codes,) = codes_folders(run, root, tmp_path)
     there = {}
     for name, (days, removed) in LEFT.items():
         path = codes / name
@@ -392,10 +392,10 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def kept():
+def stored():
     codes = np.arange(24, dtype=np.uint16).reshape(2, 3, 4)
     arrays = {"codes": codes, "latent": codes[0], "medoid": 1, "start_sec": np.array([0.0, 1.8])}
-    return Kept(
+    return StoredCodes(
         file="a.wav",
         folder=4,
         stamp=[5, 6, 7, 8],
@@ -408,24 +408,24 @@ def kept():
     )
 
 
-def test_what_is_kept_comes_back(kept, folder):
+def test_what_is_kept_comes_back(stored, folder):
     many = np.zeros((70_000, 1, 1), np.uint16)  # a zip's comment has at most 65,535 bytes
-    long = replace(kept, arrays=kept.arrays | {"codes": many, "start_sec": np.arange(70_000.0)})
-    names = {"a.wav": kept, "b/c/d.wav": kept, "n" * 250 + ".wav": kept, "long.wav": long}
+    long = replace(stored, arrays=stored.arrays | {"codes": many, "start_sec": np.arange(70_000.0)})
+    names = {"a.wav": stored, "b/c/d.wav": stored, "n" * 250 + ".wav": stored, "long.wav": long}
     for name, written in names.items():
-        write_kept(folder, name, written)
-        found = read_kept(folder, name)
-        assert found == kept == read_kept(folder, name, with_arrays=False)
+        write_codes(folder, name, written)
+        found = read_codes(folder, name)
+        assert found == stored == read_codes(folder, name, with_arrays=False)
         for array in written.arrays:
             assert np.array_equal(getattr(found, array), getattr(written, array))
-        assert np.array_equal(np.load(kept_path(folder, name))["codes"], written.codes)
-    assert read_kept(folder, "gone.wav") is None and not list(folder.glob("*.tmp"))
+        assert np.array_equal(np.load(codes_path(folder, name))["codes"], written.codes)
+    assert read_codes(folder, "gone.wav") is None and not list(folder.glob("*.tmp"))
 
 
-def test_any_damage_counts_as_absent(kept, folder):
+def test_any_damage_counts_as_absent(stored, folder):
     """Truncations, all flips of a bit, bytes behind the end, and numpy's own file."""
-    write_kept(folder, "a.wav", kept)
-    path = kept_path(folder, "a.wav")
+    write_codes(folder, "a.wav", stored)
+    path = codes_path(folder, "a.wav")
     data = path.read_bytes()
     damaged = [data[:size] for size in range(0, len(data), 29)]
     damaged += [data + b"x", data + data, bytes(len(data))]
@@ -435,20 +435,20 @@ def test_any_damage_counts_as_absent(kept, folder):
         damaged.append(flipped)
     for bad in damaged:
         path.write_bytes(bad)
-        assert read_kept(folder, "a.wav") is None
-    np.savez(path, **kept.arrays)
-    assert read_kept(folder, "a.wav") is None
+        assert read_codes(folder, "a.wav") is None
+    np.savez(path, **stored.arrays)
+    assert read_codes(folder, "a.wav") is None
 
 
-def test_codes_of_other_settings_or_versions_count_as_absent(kept, folder, monkeypatch):
-    write_kept(folder, "a.wav", replace(kept, made_with="ffffffff"))
-    assert read_kept(folder, "a.wav") is None
+def test_codes_of_other_settings_or_versions_count_as_absent(stored, folder, monkeypatch):
+    write_codes(folder, "a.wav", replace(stored, made_with="ffffffff"))
+    assert read_codes(folder, "a.wav") is None
     monkeypatch.setattr(encodec_tokenizer, "FACTS", encodec_tokenizer.FACTS[:-1])
-    write_kept(folder, "a.wav", kept)
-    assert read_kept(folder, "a.wav") is None
+    write_codes(folder, "a.wav", stored)
+    assert read_codes(folder, "a.wav") is None
 
 
-def test_a_disk_that_only_appends_keeps_codes(kept, folder, monkeypatch):
+def test_a_disk_that_only_appends_keeps_codes(stored, folder, monkeypatch):
     class AppendOnly(io.FileIO):
         def seek(self, *_):
             raise OSError(errno.ENOTSUP, "Operation not supported")
@@ -466,5 +466,5 @@ def test_a_disk_that_only_appends_keeps_codes(kept, folder, monkeypatch):
 
     io_open = io.open
     monkeypatch.setattr(io, "open", append_only)
-    write_kept(folder, "a.wav", kept)
-    assert read_kept(folder, "a.wav") == kept and len(writes) == 1
+    write_codes(folder, "a.wav", stored)
+    assert read_codes(folder, "a.wav") == stored and len(writes) == 1
