@@ -1813,7 +1813,7 @@ class StoredCodes:
     # The codes of the N chunks: [N, K, F], uint16.
     codes = cached_property(lambda stored: stored.arrays["codes"])
     # The codes of the mean of the chunks' latents: [K, F], uint16.
-    latent = cached_property(lambda stored: stored.arrays["latent"])
+    mean_latent_codes = cached_property(lambda stored: stored.arrays["mean_latent_codes"])
     # The chunk whose latents are nearest to that mean (Euclidean).
     medoid = cached_property(lambda stored: int(stored.arrays["medoid"]))
     # Where the chunks start: [N].
@@ -2005,6 +2005,8 @@ def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
     """
     settings, loaded, seconds = encoder.settings, [], 0.0
     for clip in group:
+        if encoder.stopped:
+            return
         if settings.debug:
             say(f"{clip.fname}: loading")
         try:
@@ -2038,11 +2040,11 @@ def encode_clips(
     encoded = encoder.encode([chunk for _, _, chunks in loaded for chunk in chunks])
     for clip, stored, chunks in loaded:
         codes, latents = zip(*islice(encoded, len(chunks)))
-        arrays = {"codes": np.stack(codes), "latent": codes[0], "medoid": 0}
+        arrays = {"codes": np.stack(codes), "mean_latent_codes": codes[0], "medoid": 0}
         if len(chunks) > 1:
             latents = torch.stack(latents)  # [N, D, F]
             mean = latents.mean(dim=0, keepdim=True)
-            arrays["latent"] = encoder.quantize(mean)[0]
+            arrays["mean_latent_codes"] = encoder.quantize(mean)[0]
             arrays["medoid"] = int((latents - mean).pow(2).sum(dim=(1, 2)).argmin())
         try:
             write_codes(folder, clip.name, replace(stored, arrays=stored.arrays | arrays))

@@ -42,6 +42,7 @@ class Codes:
     """Stands in for Encoder: ready-made codes, and latents that are the same numbers."""
 
     slow_s = 0.0  # for a chunk
+    stopped = False
 
     def __init__(self, model: object, settings: object) -> None:
         self.settings = settings
@@ -49,6 +50,8 @@ class Codes:
     def encode(self, chunks: list[torch.Tensor]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         for chunk in chunks:
             time.sleep(self.slow_s)
+            if self.stopped:
+                raise script.RunError("the encoder was stopped")
             codes = codes_of(chunk)
             yield codes, torch.from_numpy(codes.astype(np.float32))
 
