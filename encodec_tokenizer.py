@@ -2795,7 +2795,7 @@ def main(argv: list[str] | None = None, settings: Settings | None = None) -> int
     """
     settings = settings or parse_settings(argv)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which macOS reports as leaked
-    previous = {}
+    previous, num_threads = {}, torch.get_num_threads()
     with redirect_stdout(SafeStream(sys.stdout)), redirect_stderr(SafeStream(sys.stderr)):
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -2805,7 +2805,7 @@ def main(argv: list[str] | None = None, settings: Settings | None = None) -> int
             say("interrupted")
             return interrupted.args[0]
         finally:
-            torch.set_num_threads(THREADS)
+            torch.set_num_threads(num_threads)
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

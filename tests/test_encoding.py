@@ -1,12 +1,14 @@
 """Tokens against plain EncodecModel.encode, one chunk at a time; and how chunks form batches."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import reference
 import standin
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import encodec_tokenizer
 from encodec_tokenizer import (
@@ -109,13 +111,101 @@ def test_every_kind_of_cpu_gives_the_same_codes(avx512, onednn, encoder, monkeyp
     assert reference.agreement(ours, other) >= 0.999
 
 
+# Around a frame (320 samples), the shortest clip that is cut, and a piece of 75 frames.
+LENGTHS = [1, 319, 320, 321, 359, 360, 640, 959, 960, 961, 15_999, 16_000, 16_001]
+LENGTHS += [24_000, 24_001, 48_000, 48_001, 71_999]
+
+
+def test_whole_clips_of_any_length_equal_plain_encode(encoder, plain):
+    audio = chunks_of("encodec_24khz", 3.0, 1)[0]
+    ours = list(encoder("encodec_24khz", "--whole").encode([audio[:, :n] for n in LENGTHS]))
+    theirs = [reference.codes(plain("encodec_24khz"), audio[:, :n]) for n in LENGTHS]
+    assert [codes.shape for codes, _ in ours] == [codes.shape for codes in theirs]
+    assert reference.agreement(np.hstack([codes for codes, _ in ours]), np.hstack(theirs)) >= 0.999
+
+
+# ---------------------------------------------------------------------------- the encoder for a GPU
+
+
+@pytest.fixture(scope="session")
+def on_gpu(weights):
+    """on_gpu(model's name): the encoder for a GPU, which here runs on the CPU."""
+
+    @functools.cache
+    def make(name):
+        settings = settings_of(name, "--whole", "--batch_size", 4)
+        return GpuEncoder(load_model(settings, weights(name))[0], settings)
+
+    return make
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_a_gpus_encoder_gives_the_same_codes(name, encoder, weights):
-    """The encoder for GPUs is EnCodec's own on batches; here it runs on the CPU."""
-    settings = settings_of(name, "--batch_size", 8)
-    on_gpu = GpuEncoder(load_model(settings, weights(name))[0], settings)
-    chunks = chunks_of(name, 1.0, 3)
-    assert reference.agreement(codes_of(encoder(name), chunks), codes_of(on_gpu, chunks)) >= 0.999
+def test_a_gpus_encoder_gives_the_same_codes_alone_and_in_company(name, encoder, on_gpu):
+    lengths = [1, 500, 16_001, 24_000, 40_123, 52_000]
+    chunks = [chunks_of(name, 3.0, 1)[0][:, :length] for length in lengths]
+    together = list(on_gpu(name).encode(chunks))
+    ours = np.hstack([codes for codes, _ in together])
+    cpus = np.hstack([codes for codes, _ in encoder(name, "--whole").encode(chunks)])
+    assert reference.agreement(ours, cpus) >= 0.999
+    for chunk, (codes, latents) in zip(chunks, together):
+        ((codes_alone, latents_alone),) = on_gpu(name).encode([chunk])
+        assert np.array_equal(codes, codes_alone) and latents.equal(latents_alone)
+
+
+def test_few_shapes_reach_a_gpu(on_gpu, monkeypatch):
+    """200 clips of 200 lengths, with five numbers of samples behind their last whole frame."""
+    shapes, encoder = {"convolutions": set(), "lstm": set()}, on_gpu("encodec_24khz")
+
+    def convolve(x):
+        shapes["convolutions"].add(tuple(x.shape))
+        return torch.zeros(len(x), 512, -(-x.shape[2] // 320))
+
+    def run_lstm(x, state):
+        shapes["lstm"].add(tuple(x.shape))
+        return x, state
+
+    monkeypatch.setitem(encoder.convolutions.__dict__, "forward", convolve)
+    monkeypatch.setitem(encoder.lstm.__dict__, "forward", run_lstm)
+    rests = [0, 1, 7, 160, 319]
+    lengths = [320 * (3 + number) + rests[number % 5] for number in range(200)]
+    for (codes, _), length in zip(encoder.encode([torch.zeros(1, n) for n in lengths]), lengths):
+        assert codes.shape == (8, -(-length // 320))
+    assert shapes["convolutions"] == {(16, 1, 77 * 320), *((16, 1, 640 + r) for r in rests[1:])}
+    assert shapes["lstm"] == {(150, 4, 512)}
+
+
+class Lstm(torch.nn.Module):
+    """In place of cuDNN's, which asks the driver."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(512, 512))
+
+    def forward(self, x, state):
+        return x @ self.weight, state
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tensor_is_on_the_side_where_it_is_needed(name, monkeypatch):
+    """Fake tensors claim to be on a GPU, and refuse to meet those of the CPU."""
+    settings = replace(settings_of(name), device="cuda:0")
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: np.zeros(tuple(tensor.shape)))
+    with FakeTensorMode(), torch.inference_mode():
+        with torch.device("cuda:0"):
+            model = encodec_tokenizer.build_model(name)
+            model.encoder.model[-3].lstm = Lstm()
+        for part in (model.encoder, model.quantizer):
+            part.to = lambda device: None  # they are there already
+        model.set_target_bandwidth(6.0)
+        encoder = GpuEncoder(model, settings)
+        started = encoder.start_convolving(None, [torch.zeros(model.channels, 48_000)] * 2)
+        for codes, latents in encoder.quantize_batch(started):
+            assert codes.shape[1] == latents.shape[1] == 150 and latents.device.type == "cpu"
+        assert encoder.quantize(torch.zeros(1, 128, 150)).shape[2] == 150  # a mean of latents
+
+
+# -------------------------------------------------------------------------------- what changes none
 
 
 @pytest.mark.parametrize("name", MODELS)

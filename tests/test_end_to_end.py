@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from importlib.metadata import PackageNotFoundError, version
 from unittest.mock import Mock
 
@@ -242,6 +243,16 @@ def test_a_break_is_one_sentence_and_with_debug_a_traceback(run, make_dataset, s
     assert status == 1 and "No space left on device" in err and "Traceback" not in err
     assert "0 of 1 clip finished; the same command resumes there" in err
     assert "Traceback" in run("--input_dir", root, "--debug")[2]
+
+
+@pytest.mark.usefixtures("ready_made_codes")
+def test_a_run_that_breaks_leaves_no_group_at_work(run, make_dataset, sound, monkeypatch):
+    clips = {f"{i}.wav": (sound(0.3, 8_000, seed=i), 8_000) for i in range(9)}
+    root, threads = make_dataset(clips), threading.enumerate()
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    monkeypatch.setattr(encodec_tokenizer, "write_codes", full)
+    assert run("--input_dir", root)[0] == 1
+    assert threading.enumerate() == threads
 
 
 PROBE = """

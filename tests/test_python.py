@@ -1,6 +1,7 @@
 """From Python: files, samples and lists; settings, pickles and worker processes."""
 
 import io
+import os
 import pickle
 import re
 import warnings
@@ -171,3 +172,16 @@ def test_two_workers_of_a_data_loader_give_the_same_codes(encoder, files):
     loader = DataLoader(files, collate_fn=lambda path: tokenize(path, encoder), **options)
     for ours, theirs in zip(loader, expected, strict=True):
         assert np.array_equal(ours, theirs)
+
+
+def test_an_encoder_leaves_the_process_as_it_was(encoder, files):
+    def state():
+        cudnn = torch.backends.cudnn
+        return torch.get_num_threads(), cudnn.allow_tf32, cudnn.deterministic, dict(os.environ)
+
+    torch.set_num_threads(2)
+    before = state()
+    load_encoder(encoder.settings)
+    tokenize(files, encoder)
+    assert state() == before
+    torch.set_num_threads(1)
