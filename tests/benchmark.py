@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import soundfile
 import standin
 import torch
@@ -71,12 +72,18 @@ def measure(program: Path, *args: object) -> list[float]:
     return [float(number) for number in done.stdout.split()]
 
 
-def read_tokens(path: Path, first: int) -> np.ndarray:
-    """The tokens of all rows, one after the other; they begin in the column of that number."""
-    csv.field_size_limit(2**31 - 1)
+def read_tokens(path: Path, whole: bool) -> np.ndarray:
+    """The tokens of all rows of the script's CSV, one after the other."""
+    table = pd.read_csv(path)
+    if whole:
+        return np.array(" ".join(table["tokens"]).split(), dtype=int)
+    return table.filter(regex=r"^token_\d+$").to_numpy().ravel()
+
+
+def read_plain_tokens(path: Path) -> np.ndarray:
+    """The same of the plain loop's, which has no header: two cells come before the tokens."""
     with path.open(newline="") as file:
-        rows = [" ".join(cells[first:]).split() for cells in csv.reader(file)]
-    return np.array([token for row in rows for token in row if token.isdecimal()], dtype=int)
+        return np.concatenate([np.array(cells[2:], dtype=int) for cells in csv.reader(file)])
 
 
 def compare(
@@ -92,8 +99,8 @@ def compare(
             own = [*args, *flags, "--output_dir", out / str(number)]
             ours.append(measure(TESTS.parent / "encodec_tokenizer.py", *own))
             plain.append(measure(TESTS / "plain_loop.py", *loop))
-        tokens = read_tokens(out / "0" / "tokenized_train_curated.csv", 6)
-        plain_tokens = read_tokens(out / "plain.csv", 2)
+        tokens = read_tokens(out / "0" / "tokenized_train_curated.csv", bool(flags))
+        plain_tokens = read_plain_tokens(out / "plain.csv")
     if len(tokens) != len(plain_tokens):
         sys.exit(f"the script gives {len(tokens)} tokens, the plain loop {len(plain_tokens)}")
     ours, plain = np.array(ours), np.array(plain)
