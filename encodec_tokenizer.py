@@ -1025,13 +1025,9 @@ def read_with_torchaudio(
         raise BadClip(f"damaged, or not a sound file (libsndfile: {words})") from failure
     try:
         return torchaudio.load(path)
-    except MemoryError:
-        raise
     except Exception as error:  # any decoder's, or TorchCodec's absence
-        if getattr(error, "errno", None) not in {None, *CLIP_ERRNOS}:
+        if is_out_of_memory(error) or getattr(error, "errno", None) not in {None, *CLIP_ERRNOS}:
             raise
-        if "allocate memory" in str(error):  # PyTorch's words for no memory
-            raise MemoryError(str(error)) from error
         words = "it is no MP3." if failure.code == 7 else words
         reasons = " ".join(f"soundfile: {words} torchaudio: {error}".split())
         raise BadClip(f"not audio that can be read ({reasons})") from error
