@@ -1935,7 +1935,7 @@ def find_codes(dataset: Dataset, folder: Path, settings: Settings) -> int:
 def show_progress(clips: list[Clip], what: str, **options: object) -> tqdm:
     """Return a bar over clips: it moves on a terminal, and writes a line a minute to a log file."""
     options |= {"mininterval": 0.1 if sys.stderr.isatty() else 60, "miniters": 0}
-    return tqdm(clips, what, unit="clip", position=LOCAL_RANK, **options)
+    return tqdm(clips, desc=what, unit="clip", position=LOCAL_RANK, **options)
 
 
 def look_again(clip: Clip, folder: Path, settings: Settings) -> StoredCodes | None:
@@ -2694,21 +2694,25 @@ def draw_clip(job: Job, clip: Clip, wave: object, tokens: object) -> None:
 
 
 class SafeStream:
-    """A stream whose errors do not end the run: a full disk, or a reader that has gone."""
+    """A stream whose errors do not end the run: a full disk, a reader that has gone, no isatty."""
 
     def __init__(self, stream: io.TextIOBase | None) -> None:
         self.stream = stream or open(os.devnull, "w")  # None if it was closed
-        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
-            with suppress(OSError):  # it flushes
-                stream.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
+        with suppress(Exception):  # it flushes; a notebook's has no such method
+            stream.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
 
     def write(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # ValueError: the stream has been closed
+        with suppress(Exception):
             self.stream.write(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
+        with suppress(Exception):
             self.stream.flush()
+
+    def isatty(self) -> bool:
+        with suppress(Exception):
+            return self.stream.isatty()
+        return False
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
