@@ -655,10 +655,15 @@ def find_file(clip: Clip, dataset: Dataset, file: str | None = None) -> None:
 def file_of_name(name: str, dataset: Dataset) -> str:
     """Return the file that a clip's name means: as it stands, or the only one that it fits.
 
-    A name that fits no file is returned as it is. Raises BadClip: it fits several files.
+    A name that fits no file, or that cannot be looked up, is returned as it is. Raises BadClip: it
+    fits several files.
     """
-    if os.path.isfile(dataset.audio_dir / name):
-        return name
+    try:
+        if stat.S_ISREG(os.stat(dataset.audio_dir / name).st_mode):
+            return name
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            return name  # its folder may be closed: another file is not meant
     key = normalized_name(name)
     files = dataset.index.get(key, {name})
     files = {file for file in files if file.count("/") == key.count("/")} or files
