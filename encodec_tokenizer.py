@@ -2338,7 +2338,7 @@ def parquet_lines(job: Job, kinds: dict[str, type]) -> Iterator[dict[str, object
 def column_type(cells: list[str]) -> type:
     """Return int or float if all cells of a further column are such numbers (007 is text)."""
     cells = set(cells) - {""}
-    decimal = r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][-+]?\d+)?"  # float64 has 15 digits
+    decimal = r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][-+]?\d\d?)?"  # float64 has 15 digits
     for kind, pattern in {int: r"0|-?[1-9]\d{0,17}", float: decimal}.items():
         if cells and all(re.fullmatch(pattern, cell) for cell in cells):
             return kind

@@ -107,8 +107,8 @@ def test_parquet_holds_the_rows_of_the_csv(run, make_dataset, sound, tmp_path):
 def test_further_columns_of_numbers_are_numbers_in_parquet(run, sound, tmp_path):
     soundfile.write(tmp_path / "a.wav", sound(0.1, 8_000), 8_000)
     soundfile.write(tmp_path / "b.wav", sound(0.2, 8_000), 8_000)
-    header = "fname,fold,snr,id,big,word"
-    rows = ["a.wav,1,-0.5,007,12345678901234567890,x", "b.wav,,1e3,008,1,"]
+    header = "fname,fold,snr,id,big,hex,word"
+    rows = ["a.wav,1,-0.5,007,12345678901234567890,12e45678,x", "b.wav,,1e3,008,1,1,"]
     (tmp_path / "mine.csv").write_text("\n".join([header, *rows]) + "\n")
     flags = ["--metadata", tmp_path / "mine.csv", "--audio_dir", tmp_path, "--parquet"]
     assert run(*flags)[0] == 0
@@ -116,6 +116,7 @@ def test_further_columns_of_numbers_are_numbers_in_parquet(run, sound, tmp_path)
     assert (table["fold"], table["snr"]) == ([1, None], [-0.5, 1000.0])
     assert (table["id"], table["word"]) == (["007", "008"], ["x", ""])
     assert table["big"] == ["12345678901234567890", "1"]  # a float would lose digits
+    assert table["hex"] == ["12e45678", "1"]  # a float would be infinite
 
 
 # ------------------------------------------------------------------------------ as optional outputs
