@@ -343,7 +343,7 @@ except (ImportError, OSError, RuntimeError, MemoryError) as error:
 
 def say(message: str) -> None:
     """Print to stderr without tearing the progress bar; a closed stderr is no error."""
-    with suppress(OSError):
+    with suppress(Exception):
         tqdm.write(message, file=sys.stderr)
 
 
