@@ -2440,8 +2440,8 @@ UNFINISHED = ".unfinished-" + "[0-9a-f]" * 32  # the folders of temporary output
 def outputs_of(job: Job, with_failures: bool = True) -> list[Output]:
     """List the outputs in the order in which they are written. A new one is added here.
 
-    The CSV is written first, because the others tell what was counted on the way. They are put in
-    place in the reverse order: the JSON first, and the CSV last.
+    The CSV is written first, because the others tell what was counted on the way, and the optional
+    ones last: they take no other's space. All are put in place in the reverse order, the CSV last.
     """
     folder = f".unfinished-{uuid.uuid4().hex}"
 
@@ -2449,6 +2449,10 @@ def outputs_of(job: Job, with_failures: bool = True) -> list[Output]:
         return Output(path, path.parent / folder / path.name, *others)
 
     outputs = [output(job.csv_path, write_csv)]
+    if with_failures:
+        outputs.append(output(job.output("failed", "csv"), write_failures))
+    outputs.append(output(job.output("summary", "txt"), write_summary))
+    outputs.append(output(job.output("tokenized", "json"), write_record))
     parquet, wants_parquet = job.output("tokenized", "parquet"), job.settings.parquet
     if wants_parquet or os.path.isfile(parquet):
         outputs.append(output(parquet, write_parquet, "pyarrow", wants_parquet))
@@ -2457,10 +2461,6 @@ def outputs_of(job: Job, with_failures: bool = True) -> list[Output]:
     for picture, is_wanted in pictures.items():
         if is_wanted or os.path.isfile(picture):
             outputs.append(output(picture, write_picture, "matplotlib", is_wanted))
-    if with_failures:
-        outputs.append(output(job.output("failed", "csv"), write_failures))
-    outputs.append(output(job.output("summary", "txt"), write_summary))
-    outputs.append(output(job.output("tokenized", "json"), write_record))
     return outputs
 
 

@@ -1,6 +1,7 @@
 """Pictures and Parquet files of the tokens."""
 
 import ast
+import errno
 import re
 
 import numpy as np
@@ -173,6 +174,26 @@ def test_an_optional_output_that_fails_costs_no_csv(step, run, root, tmp_path, m
     assert (tmp_path / "out" / PICTURE).read_bytes() == old
     assert not list((tmp_path / "out").glob(".unfinished*"))
     assert len(pd.read_csv(tmp_path / "out" / "tokenized_train_curated.csv")) == 1
+
+
+def test_an_optional_output_takes_no_space_of_the_others(run, root, tmp_path, monkeypatch):
+    """What is there of a Parquet file for which the disk is too small."""
+    full, write_summary = OSError(errno.ENOSPC, "No space left"), encodec_tokenizer.write_summary
+
+    def write_a_part(job, totals, path):
+        path.touch()
+        raise full
+
+    def write_if_space(job, totals, path):
+        if list(path.parent.glob("*.parquet")):
+            raise full
+        write_summary(job, totals, path)
+
+    monkeypatch.setattr(encodec_tokenizer, "write_parquet", write_a_part)
+    monkeypatch.setattr(encodec_tokenizer, "write_summary", write_if_space)
+    status, out, err = run("--input_dir", root, "--parquet")
+    assert status == 1 and "2 clips tokenized" in out and "could not be written: [Errno 28]" in err
+    assert (tmp_path / "out" / "tokenized_train_curated.csv").exists()
 
 
 def test_a_folder_can_be_an_output_and_is_replaced(run, root, tmp_path, monkeypatch):
