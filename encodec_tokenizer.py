@@ -343,7 +343,7 @@ except (ImportError, OSError, RuntimeError, MemoryError) as error:
 
 def say(message: str) -> None:
     """Print to stderr without tearing the progress bar; a closed stderr is no error."""
-    with suppress(OSError):
+    with suppress(Exception):
         tqdm.write(message, file=sys.stderr)
 
 
@@ -655,10 +655,15 @@ def find_file(clip: Clip, dataset: Dataset, file: str | None = None) -> None:
 def file_of_name(name: str, dataset: Dataset) -> str:
     """Return the file that a clip's name means: as it stands, or the only one that it fits.
 
-    A name that fits no file is returned as it is. Raises BadClip: it fits several files.
+    A name that fits no file, or that cannot be looked up, is returned as it is. Raises BadClip: it
+    fits several files.
     """
-    if os.path.isfile(dataset.audio_dir / name):
-        return name
+    try:
+        if stat.S_ISREG(os.stat(dataset.audio_dir / name).st_mode):
+            return name
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            return name  # its folder may be closed: another file is not meant
     key = normalized_name(name)
     files = dataset.index.get(key, {name})
     files = {file for file in files if file.count("/") == key.count("/")} or files
@@ -1025,13 +1030,9 @@ def read_with_torchaudio(
         raise BadClip(f"damaged, or not a sound file (libsndfile: {words})") from failure
     try:
         return torchaudio.load(path)
-    except MemoryError:
-        raise
     except Exception as error:  # any decoder's, or TorchCodec's absence
-        if getattr(error, "errno", None) not in {None, *CLIP_ERRNOS}:
+        if is_out_of_memory(error) or getattr(error, "errno", None) not in {None, *CLIP_ERRNOS}:
             raise
-        if "allocate memory" in str(error):  # PyTorch's words for no memory
-            raise MemoryError(str(error)) from error
         words = "it is no MP3." if failure.code == 7 else words
         reasons = " ".join(f"soundfile: {words} torchaudio: {error}".split())
         raise BadClip(f"not audio that can be read ({reasons})") from error
@@ -1939,7 +1940,7 @@ def find_codes(dataset: Dataset, folder: Path, settings: Settings) -> int:
 def show_progress(clips: list[Clip], what: str, **options: object) -> tqdm:
     """Return a bar over clips: it moves on a terminal, and writes a line a minute to a log file."""
     options |= {"mininterval": 0.1 if sys.stderr.isatty() else 60, "miniters": 0}
-    return tqdm(clips, what, unit="clip", position=LOCAL_RANK, **options)
+    return tqdm(clips, desc=what, unit="clip", position=LOCAL_RANK, **options)
 
 
 def look_again(clip: Clip, folder: Path, settings: Settings) -> StoredCodes | None:
@@ -2339,7 +2340,7 @@ def parquet_lines(job: Job, kinds: dict[str, type]) -> Iterator[dict[str, object
 def column_type(cells: list[str]) -> type:
     """Return int or float if all cells of a further column are such numbers (007 is text)."""
     cells = set(cells) - {""}
-    decimal = r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][-+]?\d+)?"  # float64 has 15 digits
+    decimal = r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][-+]?\d\d?)?"  # float64 has 15 digits
     for kind, pattern in {int: r"0|-?[1-9]\d{0,17}", float: decimal}.items():
         if cells and all(re.fullmatch(pattern, cell) for cell in cells):
             return kind
@@ -2441,8 +2442,8 @@ UNFINISHED = ".unfinished-" + "[0-9a-f]" * 32  # the folders of temporary output
 def outputs_of(job: Job, with_failures: bool = True) -> list[Output]:
     """List the outputs in the order in which they are written. A new one is added here.
 
-    The CSV is written first, because the others tell what was counted on the way. They are put in
-    place in the reverse order: the JSON first, and the CSV last.
+    The CSV is written first, because the others tell what was counted on the way, and the optional
+    ones last: they take no other's space. All are put in place in the reverse order, the CSV last.
     """
     folder = f".unfinished-{uuid.uuid4().hex}"
 
@@ -2450,6 +2451,10 @@ def outputs_of(job: Job, with_failures: bool = True) -> list[Output]:
         return Output(path, path.parent / folder / path.name, *others)
 
     outputs = [output(job.csv_path, write_csv)]
+    if with_failures:
+        outputs.append(output(job.output("failed", "csv"), write_failures))
+    outputs.append(output(job.output("summary", "txt"), write_summary))
+    outputs.append(output(job.output("tokenized", "json"), write_record))
     parquet, wants_parquet = job.output("tokenized", "parquet"), job.settings.parquet
     if wants_parquet or os.path.isfile(parquet):
         outputs.append(output(parquet, write_parquet, "pyarrow", wants_parquet))
@@ -2458,10 +2463,6 @@ def outputs_of(job: Job, with_failures: bool = True) -> list[Output]:
     for picture, is_wanted in pictures.items():
         if is_wanted or os.path.isfile(picture):
             outputs.append(output(picture, write_picture, "matplotlib", is_wanted))
-    if with_failures:
-        outputs.append(output(job.output("failed", "csv"), write_failures))
-    outputs.append(output(job.output("summary", "txt"), write_summary))
-    outputs.append(output(job.output("tokenized", "json"), write_record))
     return outputs
 
 
@@ -2700,21 +2701,25 @@ def draw_clip(job: Job, clip: Clip, wave: object, tokens: object) -> None:
 
 
 class SafeStream:
-    """A stream whose errors do not end the run: a full disk, or a reader that has gone."""
+    """A stream whose errors do not end the run: a full disk, a reader that has gone, no isatty."""
 
     def __init__(self, stream: io.TextIOBase | None) -> None:
         self.stream = stream or open(os.devnull, "w")  # None if it was closed
-        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
-            with suppress(OSError):  # it flushes
-                stream.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
+        with suppress(Exception):  # it flushes; a notebook's has no such method
+            stream.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
 
     def write(self, text: str) -> None:
-        with suppress(OSError, ValueError):  # ValueError: the stream has been closed
+        with suppress(Exception):
             self.stream.write(text)
 
     def flush(self) -> None:
-        with suppress(OSError, ValueError):
+        with suppress(Exception):
             self.stream.flush()
+
+    def isatty(self) -> bool:
+        with suppress(Exception):
+            return self.stream.isatty()
+        return False
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)

@@ -308,6 +308,17 @@ def test_libsndfiles_machine_faults_are_not_the_clips(code, fault, tmp_path, mon
         read_audio(tmp_path / "a.wav", 1, Settings())
 
 
+def test_a_decoder_that_does_not_load_is_no_lack_of_memory(tmp_path, monkeypatch):
+    for words, fault in (
+        ("libgomp.so.1: cannot allocate memory in static TLS block", BadClip),
+        ("[enforce fail] . can't allocate memory: you tried to allocate 9 bytes.", RuntimeError),
+    ):
+        (tmp_path / "a.m4a").write_bytes(b"\0no audio for soundfile\1")
+        monkeypatch.setattr("torchaudio.load", Mock(side_effect=RuntimeError(words)))
+        with pytest.raises(fault, match="allocate memory"):
+            read_audio(tmp_path / "a.m4a", 1, Settings())
+
+
 @pytest.mark.parametrize("kind", ["FLAC", "OGG", "MP3"])
 def test_an_io_error_that_libsndfile_hides_is_not_the_clips(kind, tmp_path, monkeypatch, sound):
     data = encoded(sound(0.5), 44_100, kind)

@@ -464,6 +464,26 @@ def test_a_name_without_a_file_says_why(fname, dataset):
     assert REASONS[fname] in clip.error and clip.stamp is None
 
 
+def test_a_name_in_a_closed_folder_means_no_other_file(tmp_path, monkeypatch):
+    for folder in ("a", "backup/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "0.wav").write_bytes(b"12345")
+
+    def closed(function):
+        def call(path, *args, **kwargs):
+            if str(path) in (str(tmp_path / "a"), str(tmp_path / "a" / "0.wav")):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return function(path, *args, **kwargs)
+
+        return call
+
+    clip = Clip("a/0.wav")
+    for name in ("stat", "scandir"):
+        monkeypatch.setattr(os, name, closed(getattr(os, name)))
+    find_file(clip, Dataset("x", tmp_path, []))
+    assert (clip.stamp, clip.error) == (None, "cannot be opened: Permission denied")
+
+
 def test_the_machines_faults_are_no_reason(dataset, monkeypatch):
     def broken(path):
         raise OSError(errno.EIO, "Input/output error")

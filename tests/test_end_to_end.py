@@ -326,7 +326,7 @@ def test_a_notebook_can_run_it_and_goes_on(tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env=os.environ | {"TQDM_DISABLE": "1"},
+        env=os.environ | {"TQDM_DISABLE": "1", "TQDM_DESC": "mine"},
     )
     assert "1 clip tokenized (1 encoded now" in done.stdout, done.stderr
     assert "%|" not in done.stderr

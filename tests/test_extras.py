@@ -1,6 +1,7 @@
 """Pictures and Parquet files of the tokens."""
 
 import ast
+import errno
 import re
 
 import numpy as np
@@ -107,8 +108,8 @@ def test_parquet_holds_the_rows_of_the_csv(run, make_dataset, sound, tmp_path):
 def test_further_columns_of_numbers_are_numbers_in_parquet(run, sound, tmp_path):
     soundfile.write(tmp_path / "a.wav", sound(0.1, 8_000), 8_000)
     soundfile.write(tmp_path / "b.wav", sound(0.2, 8_000), 8_000)
-    header = "fname,fold,snr,id,big,word"
-    rows = ["a.wav,1,-0.5,007,12345678901234567890,x", "b.wav,,1e3,008,1,"]
+    header = "fname,fold,snr,id,big,hex,word"
+    rows = ["a.wav,1,-0.5,007,12345678901234567890,12e45678,x", "b.wav,,1e3,008,1,1,"]
     (tmp_path / "mine.csv").write_text("\n".join([header, *rows]) + "\n")
     flags = ["--metadata", tmp_path / "mine.csv", "--audio_dir", tmp_path, "--parquet"]
     assert run(*flags)[0] == 0
@@ -116,6 +117,7 @@ def test_further_columns_of_numbers_are_numbers_in_parquet(run, sound, tmp_path)
     assert (table["fold"], table["snr"]) == ([1, None], [-0.5, 1000.0])
     assert (table["id"], table["word"]) == (["007", "008"], ["x", ""])
     assert table["big"] == ["12345678901234567890", "1"]  # a float would lose digits
+    assert table["hex"] == ["12e45678", "1"]  # a float would be infinite
 
 
 # ------------------------------------------------------------------------------ as optional outputs
@@ -172,6 +174,26 @@ def test_an_optional_output_that_fails_costs_no_csv(step, run, root, tmp_path, m
     assert (tmp_path / "out" / PICTURE).read_bytes() == old
     assert not list((tmp_path / "out").glob(".unfinished*"))
     assert len(pd.read_csv(tmp_path / "out" / "tokenized_train_curated.csv")) == 1
+
+
+def test_an_optional_output_takes_no_space_of_the_others(run, root, tmp_path, monkeypatch):
+    """What is there of a Parquet file for which the disk is too small."""
+    full, write_summary = OSError(errno.ENOSPC, "No space left"), encodec_tokenizer.write_summary
+
+    def write_a_part(job, totals, path):
+        path.touch()
+        raise full
+
+    def write_if_space(job, totals, path):
+        if list(path.parent.glob("*.parquet")):
+            raise full
+        write_summary(job, totals, path)
+
+    monkeypatch.setattr(encodec_tokenizer, "write_parquet", write_a_part)
+    monkeypatch.setattr(encodec_tokenizer, "write_summary", write_if_space)
+    status, out, err = run("--input_dir", root, "--parquet")
+    assert status == 1 and "2 clips tokenized" in out and "could not be written: [Errno 28]" in err
+    assert (tmp_path / "out" / "tokenized_train_curated.csv").exists()
 
 
 def test_a_folder_can_be_an_output_and_is_replaced(run, root, tmp_path, monkeypatch):

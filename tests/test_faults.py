@@ -13,6 +13,7 @@ import time
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import faults
@@ -208,7 +209,7 @@ def test_a_signal_between_the_renames_loses_no_csv(place, data, expected):
     assert data.run(*flags, before=[partial(faults.signal_at_rename, place)]) == 143
     assert data.csv().read_bytes() == old and data.failed().exists()
     assert picture.read_text().endswith("</svg>\n")
-    assert (picture.read_text() == old_picture) == (place < 4)
+    assert (picture.read_text() == old_picture) == (place < 1)
     assert [path.name for path in picture.parent.iterdir()] == [picture.name]
     assert data.run() == 0 and data.rows() == expected and not data.encoded
 
@@ -368,6 +369,17 @@ def test_a_run_that_nobody_can_read_finishes_all_the_same(streams, data, expecte
     before = [partial(faults.close_stream, *stream) for stream in streams]
     assert data.run("--debug", before=before) == 0, data.said
     assert data.rows() == expected and "Traceback" not in data.said
+
+
+@pytest.mark.usefixtures("ready_made_codes")
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_stream_of_a_programs_own_does_not_end_the_run(name, is_closed, run, data, monkeypatch):
+    """One that was closed, or has only `write`, as those that lead to a logger."""
+    stream = open(os.devnull, "w")
+    stream.close()
+    monkeypatch.setattr(sys, name, stream if is_closed else SimpleNamespace(write=len))
+    assert run("--input_dir", data.root)[0] == 0
 
 
 # ---------------------------------------------------------------------------------------- processes

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import re
+import sys
 import warnings
 
 import numpy as np
@@ -95,6 +96,13 @@ RATES += [torch.tensor(8_000), torch.tensor([8_000.0])]
 def test_a_rate_is_any_kind_of_number(rate, encoder, files):
     samples, _ = soundfile.read(files[2], dtype="float32")
     assert np.array_equal(tokenize(samples, encoder, rate), tokenize(files[2], encoder))
+
+
+def test_a_note_that_cannot_be_printed_is_no_error(encoder, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    sys.stderr.close()
+    odd = 44_101  # with a note
+    assert tokenize(np.zeros(500, np.float32), encoder, odd).shape == (1, 8, 150)
 
 
 NO_RATE = "samples need their sample rate in Hz, 100 to 1,000,000"
