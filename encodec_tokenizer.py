@@ -174,7 +174,9 @@ class Settings:
     batch_size: Annotated[
         int | None, "chunks (48 kHz: seconds) per batch (default: 4; GPU: 32)"
     ] = None
-    workers: Annotated[int | None, "groups of clips at work (default: a core's eighth)"] = None
+    workers: Annotated[
+        int | None, "groups of clips at work (default: cores / 8, at least 2; GPU: 8)"
+    ] = None
     # Another limit on a clip's length needs a field here, its range below, and check_duration.
     max_duration: Annotated[float, "maximum length of a clip in seconds; longer ones fail"] = 600.0
     max_samples: Annotated[int | None, "number of clips, from the first (default: all)"] = None

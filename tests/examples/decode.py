@@ -6,8 +6,9 @@
 
 The tokens are a CSV or Parquet file with its JSON beside it, which names the model and its weights.
 Pretrained and untrained weights need no flag; name others with --weights, as for the tokenizer. A
-row may hold a whole clip or a chunk. A row that averages several chunks cannot be decoded,
-and is skipped. Tokens that a model made (see sequence_model.py) have no originals.
+row may hold a whole clip or a chunk. A row that averages several chunks cannot be decoded, and is
+skipped. With --audio_dir, the originals are copied beside the decoded rows. Tokens that a model
+made (see sequence_model.py) have no originals.
 
 The 48 kHz model divides each segment of 1 s by its loudness, which the tokens do not hold: compare
 the shape of the sound, not its level.
@@ -95,9 +96,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokens", type=Path, help="tokenized_<stem>.csv or .parquet")
     parser.add_argument("out", type=Path, help="folder to write to")
-    parser.add_argument("--audio_dir", type=Path, help="folder of the originals (optional)")
-    parser.add_argument("--weights", help="those of the tokenizer's run, if they are a file")
-    parser.add_argument("--rows", type=int, default=5, help="number of rows, from the first")
+    parser.add_argument("--audio_dir", type=Path, help="folder of the originals (default: none)")
+    parser.add_argument("--weights", help="the checkpoint of the tokenizer's run, if it had one")
+    parser.add_argument(
+        "--rows", type=int, default=5, help="number of rows, from the first (default: 5)"
+    )
     args = parser.parse_args()
     if args.tokens.suffix == ".parquet":
         table = pd.read_parquet(args.tokens).head(args.rows)

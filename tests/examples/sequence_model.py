@@ -126,10 +126,12 @@ def main() -> None:
     parser.add_argument(
         "parquet", type=Path, help="tokenized_<stem>.parquet of a run with --whole --parquet"
     )
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--length", type=int, default=256, help="ids in a block")
-    parser.add_argument("--batch", type=int, default=4, help="blocks in a step")
-    parser.add_argument("--frames", type=int, default=150, help="frames of the generated clip")
+    parser.add_argument("--steps", type=int, default=50, help="training steps (default: 50)")
+    parser.add_argument("--length", type=int, default=256, help="ids in a block (default: 256)")
+    parser.add_argument("--batch", type=int, default=4, help="blocks in a step (default: 4)")
+    parser.add_argument(
+        "--frames", type=int, default=150, help="frames of the generated clip (default: 150)"
+    )
     args = parser.parse_args()
     clips = read_clips(args.parquet)
     stream, vocabulary = pack(clips), CODES * len(clips[0]) + 1
