@@ -49,7 +49,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -59,7 +59,7 @@ from functools import cached_property, lru_cache, partial
 from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, product
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -89,12 +89,11 @@ STEMS = {  # the value of --dataset -> the stems of the output files
     "sample": ["sample"],
 }
 SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "sample"
-AGGREGATES: dict[str, Callable[[StoredCodes], np.ndarray]] = {  # the rows [R, K, F] of a clip
-    # The mean of the chunks' codes, rounded: for several chunks the result is not a valid code.
+# How a clip's chunks become its rows [R, K, F]; StoredCodes is what an .npz file holds (see store).
+AGGREGATES: dict[str, Callable[[StoredCodes], np.ndarray]] = {
+    # The chunks' codes are averaged and rounded, so for several chunks they are not valid codes.
     "mean": lambda stored: np.rint(stored.codes.mean(axis=0, keepdims=True)).astype(np.uint16),
-    "latent": lambda stored: stored.mean_latent_codes[
-        None
-    ],  # the codes of the mean of the chunks' latents
+    "latent": lambda stored: stored.mean_latent_codes[None],  # codes of the mean of the latents
     "medoid": lambda stored: stored.codes[[stored.medoid]],  # the chunk nearest to that mean
     "none": lambda stored: stored.codes,  # a row for each chunk
 }
@@ -103,7 +102,7 @@ NUM_CODES = 1024  # entries of a codebook
 UNTRAINED = "untrained (seed 0)"
 UNTRAINED_WARNING = "These tokens are for testing only and have no meaning."
 PACKAGES = ("torch", "torchaudio", "encodec", "soundfile", "numpy", "torchcodec")
-CODES_FORMAT = 2  # raise it when codes or their files change: then all clips are encoded anew
+CODES_FORMAT = 2  # increase it when codes or their files change, so that all clips are encoded anew
 
 
 def environment_number(name: str, default: int) -> int:
@@ -112,7 +111,8 @@ def environment_number(name: str, default: int) -> int:
     return int(text) if text.isdecimal() else -1
 
 
-RANK, WORLD_SIZE = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+RANK = environment_number("RANK", 0)
+WORLD_SIZE = environment_number("WORLD_SIZE", 1)
 LOCAL_RANK = environment_number("LOCAL_RANK", 0)
 
 
@@ -137,9 +137,9 @@ class Interrupted(BaseException):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Recognize the words of PyTorch, oneDNN, CUDA and the dynamic linker for too little memory."""
-    words = "allocate memory(?! in static)|out of memory|alloc_failed|could not create a primitive"
-    return bool(isinstance(error, MemoryError) or re.search(f"(?i){words}|map segment", str(error)))
+    """Recognize how PyTorch, oneDNN, CUDA and the dynamic linker report too little memory."""
+    words = "allocate memory(?! in static)|out of memory|alloc_failed|a primitive|failed to map"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -147,20 +147,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """The command line: each field is a flag, with its type, its help, and its default.
-
-    Raises UserError: a value is wrong.
-    """
+    """The command line: each field is a flag with its help. Raises UserError: a value is wrong."""
 
     dataset: Annotated[str, "clips to tokenize; sample: twelve bundled ones"] = "curated"
     metadata: Annotated[Path | None, "CSV to read instead of --dataset"] = None
     audio_dir: Annotated[Path | None, "folder of --metadata's files; alone: all files in it"] = None
-    fname_column: Annotated[
-        str | None, "column of file names (default: fname, filename or file_name)"
-    ] = None
-    label_column: Annotated[str | None, "column of labels (default: labels, label or category)"] = (
-        None
-    )
+    fname_column: Annotated[str | None, "name column (default: fname, filename, file_name)"] = None
+    label_column: Annotated[str | None, "label column (default: labels, label, category)"] = None
     input_dir: Annotated[Path, "folder of FSDKaggle2019, as unpacked"] = Path("input")
     output_dir: Annotated[Path, "folder to save the outputs in"] = Path("work/tokenized")
     model: Annotated[str, "24 kHz mono or 48 kHz stereo"] = "encodec_24khz"
@@ -171,10 +164,10 @@ class Settings:
     aggregate: Annotated[str, "how a clip's chunks become one row; none: a row each"] = "mean"
     weights: Annotated[str, "pretrained, untrained, a checkpoint or its folder"] = "pretrained"
     device: Annotated[str, "auto (a GPU if there is one), cpu, cuda or cuda:N"] = "auto"
-    batch_size: Annotated[
-        int | None, "chunks (48 kHz: seconds) per batch (default: 4; GPU: 32)"
-    ] = None
-    workers: Annotated[int | None, "groups of clips at work (default: a core's eighth)"] = None
+    batch_size: Annotated[int | None, "chunks (48 kHz: seconds) a batch (default: 4, GPU 32)"] = (
+        None
+    )
+    workers: Annotated[int | None, "groups of clips at work (default: cores / 8, min. 2)"] = None
     # Another limit on a clip's length needs a field here, its range below, and check_duration.
     max_duration: Annotated[float, "maximum length of a clip in seconds; longer ones fail"] = 600.0
     max_samples: Annotated[int | None, "number of clips, from the first (default: all)"] = None
@@ -186,8 +179,9 @@ class Settings:
     def __post_init__(self) -> None:
         for name in describe_settings():
             value = getattr(self, name)
-            if value is not None or getattr(Settings, name) is not None:
-                object.__setattr__(self, name, convert_setting(name, value))
+            is_left_out = value is None and getattr(Settings, name) is None
+            if not is_left_out:
+                object.__setattr__(self, name, convert_setting(name, value))  # it is frozen
         check_settings(self)
 
 
@@ -210,13 +204,16 @@ def describe_settings() -> dict[str, tuple[type, str]]:
     found = {}
     for name, hint in get_type_hints(Settings, include_extras=True).items():
         kind, text = get_args(hint)
-        found[name] = (get_args(kind) or [kind])[0], text  # int of `int | None`
+        if get_args(kind):
+            kind, _ = get_args(kind)  # int and None of `int | None`
+        found[name] = kind, text
     return found
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    near = get_close_matches(word, words, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    """Return a question about the word that is the most similar one, or nothing."""
+    matches = get_close_matches(word, words, n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def convert_setting(name: str, value: object) -> object:
@@ -227,8 +224,9 @@ def convert_setting(name: str, value: object) -> object:
             raise UserError(f"--{name} is empty: is a shell variable unset?")
         if kind is Path or name in ("weights", "plot"):  # the shell leaves ~ in --weights=~/x
             value = os.path.expanduser(os.fspath(value))
-        is_cut = kind is int and isinstance(value, float) and not value.is_integer()
-        if is_cut or (kind is bool and value not in (True, False)):  # "false" would be true
+        if kind is bool and value not in (True, False):  # bool("false") is True
+            raise ValueError
+        if kind is int and isinstance(value, float) and not value.is_integer():  # int(2.5) is 2
             raise ValueError
         return kind(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -236,12 +234,12 @@ def convert_setting(name: str, value: object) -> object:
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise UserError for the first setting that is wrong, in a sentence."""
+    """Raise UserError if a setting is wrong, or two do not go together."""
     for name, choices in CHOICES.items():
         value = getattr(settings, name)
         if value not in choices:
-            near = did_you_mean(value, choices)
-            raise UserError(f"--{name} {value}: choose from {', '.join(choices)}{near}")
+            question = did_you_mean(value, choices)
+            raise UserError(f"--{name} {value}: choose from {', '.join(choices)}{question}")
     for name, (low, high) in RANGES.items():
         value = getattr(settings, name)
         if value is not None and not low <= value <= high:  # NaN is in no range
@@ -273,7 +271,8 @@ def check_settings(settings: Settings) -> None:
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
     """Read the command line (default: the process's own). A mistake ends in exit status 2."""
-    description, examples, _ = (__doc__ or "\n\n\n\n").split("\n\n", 2)  # python -OO has none
+    description, _, rest = (__doc__ or "").partition("\n\n")  # python -OO removes docstrings
+    examples, _, _ = rest.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description,
         epilog=f"examples:\n{examples}",
@@ -281,7 +280,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         argument_default=argparse.SUPPRESS,  # Settings holds the defaults
         allow_abbrev=False,
     )
-    # One sentence; argparse would print the usage before it.
+    # argparse would print the usage before the sentence.
     parser.error = lambda text: parser.exit(2, f"error: {text}\n--help lists all flags.\n")
     parser.add_argument("--version", action="version", version=__version__)
     for name, (kind, text) in describe_settings().items():
@@ -300,8 +299,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f"--{name}" for name in describe_settings()]
-        near = did_you_mean(unknown[0].partition("=")[0], flags)
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        question = did_you_mean(unknown[0].partition("=")[0], flags)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{question}")
     if "dataset" in given and "audio_dir" in given:
         parser.error("--dataset and --audio_dir each name a set of clips: give one of them")
     try:
@@ -329,15 +328,11 @@ try:
     from encodec.modules.seanet import SEANetResnetBlock
     from tqdm import tqdm
 except (ImportError, OSError, RuntimeError, MemoryError) as error:
-    # torchaudio does not load beside every torch, and fails with one of the first three.
-    way_out = (
-        "Install versions that work together, in an environment of their own, with\n"
-        f"  {sys.executable} -m pip install -r requirements.txt"
-    )
+    # torchaudio fails with one of the first three if it is not made for this torch.
+    way_out = "Install versions that work together, in an environment of their own, with\n"
+    way_out += f"  {sys.executable} -m pip install -r requirements.txt"
     if is_out_of_memory(error):
-        way_out = (
-            "There is too little memory: raise the limit (ulimit -v, the job's, the container's)."
-        )
+        way_out = "There is too little memory: raise the limit (ulimit, the job or the container)."
     sys.exit(f"error: a needed package does not load: {error} {error.__cause__ or ''}\n{way_out}")
 
 
@@ -356,48 +351,44 @@ def counted(number: int, noun: str) -> str:
 # container's quota allow. torchrun sets OMP_NUM_THREADS to 1 unless the user has set it.
 THREADS = environment_number("OMP_NUM_THREADS", 0)
 if THREADS < 1 or (THREADS == 1 and WORLD_SIZE > 1):
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    cores = len(affinity(0))
+    THREADS = os.cpu_count() or 1
+    with suppress(AttributeError):  # macOS and Windows have no such function
+        THREADS = len(os.sched_getaffinity(0))
     with suppress(OSError, ValueError):  # cgroup v2: microseconds of a period, or "max"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    THREADS = max(1, cores // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
+        THREADS = min(THREADS, math.ceil(int(quota) / int(period)))
+    THREADS = max(1, THREADS // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
 
 
 def resolve_device(settings: Settings) -> Settings:
-    """Replace the device by "cpu" or "cuda:N", and fill in the defaults that depend on it.
-
-    Raises UserError: see find_device.
-    """
+    """Set the device to "cpu" or "cuda:N", and fill in the defaults that depend on it."""
     device = find_device(settings.device)
-    # The LSTM of whole clips gains nothing from a batch on a CPU: they differ in length.
-    batch_size = 1 if settings.whole and settings.model == "encodec_24khz" else 4
+    batch_size = 4
     workers = max(2, THREADS // 8)
     if device != "cpu":
         batch_size = 32
         workers = 8
-    return replace(
-        settings,
-        device=device,
-        batch_size=settings.batch_size or batch_size,
-        workers=settings.workers or workers,
-    )
+    elif settings.whole and settings.model == "encodec_24khz":
+        batch_size = 1  # the LSTM gains nothing from a batch of clips that differ in length
+    batch_size = settings.batch_size or batch_size
+    workers = settings.workers or workers
+    return replace(settings, device=device, batch_size=batch_size, workers=workers)
 
 
 def find_device(name: str) -> str:
     """Return the device that --device names: "cpu" or "cuda:N".
 
-    A GPU is tried by a small convolution, because PyTorch sees GPUs that it has no kernels for;
-    `auto` then takes the CPU. Raises UserError: there is no such GPU, or it cannot be used.
+    A small convolution tries a GPU, because PyTorch sees GPUs that it has no kernels for. `auto`
+    then takes the CPU. Raises UserError: there is no such GPU, or it cannot be used.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return "cpu"
     device = name
     if name in ("auto", "cuda"):
         device = f"cuda:{LOCAL_RANK % max(1, torch.cuda.device_count())}"
-    # Both have to be set before CUDA starts. cuDNN's LSTM is deterministic only with the first
-    # (PyTorch's page on torch.nn.LSTM). The second bounds the host memory of convolutions' plans,
-    # 200 KiB each (Conv_v8.cpp).
+    # Both must be set before CUDA starts. cuDNN's LSTM is deterministic only with the first one
+    # (PyTorch's page on torch.nn.LSTM). The second one limits the number of plans for convolutions,
+    # which take 200 KiB of host memory each (Conv_v8.cpp).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     os.environ.setdefault("TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT", "1000")
     try:
@@ -413,10 +404,12 @@ def find_device(name: str) -> str:
 
 # ------------------------------------------------------------------------------------------ dataset
 
-NAME_COLUMNS = ("fname", "filename", "file_name")
-LABEL_COLUMNS = ("labels", "label", "category")
+USUAL_COLUMNS = {
+    "fname_column": ["fname", "filename", "file_name"],
+    "label_column": ["labels", "label", "category"],
+}
 SEPARATORS = ",;\t|"
-OTHER_FILES = {  # that people take for a CSV, and how they begin
+OTHER_FILES = {  # kinds of files that are mistaken for a CSV, and their first bytes
     "a spreadsheet or a ZIP archive": (b"PK\3\4", b"\xd0\xcf\x11\xe0"),  # .xlsx, .ods; .xls
     "compressed": (b"\x1f\x8b", b"BZh9", b"\xfd7zXZ", b"(\xb5/\xfd"),  # gzip, bzip2, xz, zstd
     "a Parquet or Arrow file": (b"PAR1", b"ARROW1"),
@@ -424,15 +417,15 @@ OTHER_FILES = {  # that people take for a CSV, and how they begin
     "a JSON file": (b"{", b"["),
     "a web page or an XML file": (b"<",),
 }
-NOT_SOUND = ("MAT4", "MAT5", "RAW")  # formats of libsndfile: MATLAB's matrices, and any bytes
-# Endings of sound files: libsndfile's formats and their usual spellings, and what FFmpeg reads.
+NOT_SOUND = ("MAT4", "MAT5", "RAW")  # libsndfile's formats for MATLAB's matrices and for any bytes
+# Sound files end in the names of libsndfile's formats, in other spellings of these, or in those of
+# formats that FFmpeg reads.
 ENDINGS = {f".{name.lower()}" for name in sf.available_formats() if name not in NOT_SOUND}
-MORE_ENDINGS = """
-wave bwf aif aifc snd sph iff 8svx sf oga opus spx mp1 mp2 mpga m4a m4b mp4 aac ac3 amr 3gp ape
-wv tta wma webm weba mka mpc dsf"""
-ENDINGS |= {f".{name}" for name in MORE_ENDINGS.split()}
-# The system reports these errors about a file that is itself at fault. All others (no memory, too
-# many open files, an I/O error, a stale mount) are the machine's: they stop the run.
+MORE_ENDINGS = """.wave .bwf .aif .aifc .snd .sph .iff .8svx .sf .oga .opus .spx .mp1 .mp2 .mpga
+.m4a .m4b .mp4 .aac .ac3 .amr .3gp .ape .wv .tta .wma .webm .weba .mka .mpc .dsf"""
+ENDINGS.update(MORE_ENDINGS.split())
+# Errnos that mean the clip's own file is bad. All others (no memory, too many open files, an I/O
+# error, a stale mount) are the machine's and stop the run.
 CLIP_ERRNOS = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
     errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EEXIST, errno.ENOTEMPTY,
@@ -443,7 +436,7 @@ Stamp = list[int]  # a file's size in bytes, mtime and ctime in nanoseconds, and
 
 @dataclass(eq=False, slots=True)
 class Clip:
-    """One row of the dataset's table, and how far it has come.
+    """One row of the dataset's table, and its progress.
 
     find_file sets the fields from `name` to `error`. find_codes and encode_group set `sha256` when
     the clip has codes, or `error`.
@@ -452,13 +445,13 @@ class Clip:
     fname: str
     labels: str = ""
     extra: dict[str, str] = field(default_factory=dict)  # cells of --metadata's further columns
-    name: str = ""  # fname as a normal path below the audio folder; its codes have this name
-    file: str = ""  # the file that the name means, as a path below the audio folder
-    path: Path | None = None  # the same with the audio folder before it
+    name: str = ""  # fname as a normal path below the audio folder; names the stored codes
+    file: str = ""  # path of the file that the name means, below the audio folder
+    path: Path | None = None  # full path of the file
     folder: int = 0  # inode of the audio folder
-    stamp: Stamp | None = None  # of the file; None if there is no such file
+    stamp: Stamp | None = None  # None if there is no such file
     error: str = ""  # why the clip cannot be tokenized
-    sha256: str = ""  # of the encoded content; empty until the clip has codes
+    sha256: str = ""  # SHA-256 of the encoded content; empty until encoded
     encoded_s: float = 0.0  # seconds of audio that this process has encoded
 
 
@@ -470,7 +463,7 @@ class Dataset:
 
     @cached_property
     def inode(self) -> int:
-        """The audio folder's, which is the same after a move; 0 if there is no such folder."""
+        """Inode of the audio folder, which stays the same after a move; 0 if there is none."""
         try:
             return os.stat(self.audio_dir).st_ino
         except OSError:
@@ -478,14 +471,17 @@ class Dataset:
 
     @cached_property
     def index(self) -> dict[str, set[str]]:
-        """The files of the audio folder by every name that may stand for them in a table.
+        """The files of the audio folder by every name that a table may give them.
 
-        A name may lack an ending that sound files have, and the first folders of its path.
+        A name may lack the ending of a sound file, and the first folders of its path.
         """
         found = defaultdict(set)
         for file in list_files(self.audio_dir):
+            spellings = [file]
             stem, ending = os.path.splitext(file)
-            for spelling in (file, stem) if ending.lower() in ENDINGS else (file,):
+            if ending.lower() in ENDINGS:
+                spellings.append(stem)
+            for spelling in spellings:
                 parts = normalized_name(spelling).split("/")
                 for i in range(len(parts)):
                     found["/".join(parts[i:])].add(file)
@@ -508,8 +504,8 @@ def find_datasets(settings: Settings) -> list[Dataset]:
     else:
         datasets = [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
     for dataset in datasets:
-        for path in (dataset.audio_dir, settings.output_dir, settings.metadata):
-            name = os.path.realpath(path or dataset.audio_dir)
+        for path in (dataset.audio_dir, settings.output_dir, settings.metadata or ""):
+            name = os.path.realpath(path)
             if name != printable(name):  # the outputs hold it as text
                 raise UserError(f"{printable(name)}: this name is not UTF-8: rename it")
         for clip in dataset.clips:
@@ -521,8 +517,7 @@ def find_datasets(settings: Settings) -> list[Dataset]:
 def find_dataset(settings: Settings, stem: str) -> Dataset:
     """Find a dataset's CSV and audio folder in `input_dir` or up to two folders below it.
 
-    Kaggle lists its test clips in sample_submission.csv. A folder that is gone is no error yet:
-    clips whose codes are stored do not need it.
+    A folder that is gone is no error yet: clips whose codes are stored do not need it.
     """
 
     def search(name: str) -> list[Path]:
@@ -531,7 +526,9 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
             paths += sorted(settings.input_dir.glob(depth + name))
         return paths
 
-    kaggle_table = "sample_submission.csv" if stem == "test" else f"{stem}.csv"
+    kaggle_table = f"{stem}.csv"
+    if stem == "test":
+        kaggle_table = "sample_submission.csv"  # Kaggle lists its test clips there
     layouts = {  # a table -> the names that its audio folder may have
         kaggle_table: [stem, stem.replace("train_", "trn_")],
         f"{stem}_post_competition.csv": [f"FSDKaggle2019.audio_{stem}"],  # Zenodo, record 3612637
@@ -540,10 +537,10 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
     for table_name, folder_names in layouts.items():
         folders = []
         for name in folder_names:
-            folders += [path for path in search(name) if path.is_dir()]
-        for table in search(table_name):
-            for folder in folders or [settings.input_dir / folder_names[0]]:
-                candidates.append((table, folder))
+            folders += filter(Path.is_dir, search(name))
+        if not folders:
+            folders = [settings.input_dir / folder_names[0]]
+        candidates += product(search(table_name), folders)
     if not candidates:
         raise UserError(
             f"the dataset {stem} is not in {settings.input_dir.resolve()} or up to two folders "
@@ -552,19 +549,19 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
             "competition freesound-audio-tagging-2019,\nand name the folder that holds it with "
             "--input_dir. To try the tool without it: --dataset sample"
         )
-    # All competitions of Kaggle have a sample_submission.csv, and some copies nest a folder in one
-    # of the same name: take the table and the folder that go together.
+    # Every competition of Kaggle has a sample_submission.csv, and some copies nest a folder in one
+    # of the same name. So take the table and the folder that belong together.
     table, folder = max(candidates, key=lambda pair: count_clips_there(*pair, settings))
     return Dataset(stem, folder, read_clips(table, settings))
 
 
 def count_clips_there(table: Path, folder: Path, settings: Settings) -> int:
-    """Count how many of a table's first 100 clips are in a folder; -1 if that cannot be read."""
+    """Count how many of a table's first 100 clips are in a folder; -1 if either is unusable."""
     if not folder.is_dir():
         return -1
     try:
         header, rows = read_table(table, settings)
-        name_column, _ = find_columns(table, header, settings)
+        name_column = find_column(table, header, settings, "fname_column")
     except UserError:
         return -1
     return sum(os.path.exists(folder / row.get(name_column, "")) for row in rows[:100])
@@ -572,40 +569,40 @@ def count_clips_there(table: Path, folder: Path, settings: Settings) -> int:
 
 def list_folder(settings: Settings) -> Dataset:
     """Take every sound file below --audio_dir, sorted by path, labelled by its own folder."""
-    folder = settings.audio_dir
+    folder = settings.audio_dir.resolve()
     if not folder.is_dir():
-        raise UserError(f"--audio_dir {folder}: there is no such folder")
-    kinds = ("tokenized_", "summary_", "failed_", "codes_")  # outputs may lie in the same folder
-    output_dir = os.path.realpath(settings.output_dir)
-    outputs = tuple(os.path.join(output_dir, kind) for kind in kinds)
-    absolute = folder.resolve()
-    clips, left_out = [], []
-    for name in list_files(folder):
-        path = absolute / name
+        raise UserError(f"--audio_dir {settings.audio_dir}: there is no such folder")
+    output_dir = settings.output_dir.resolve()  # it may be below the audio folder
+    kinds = ("tokenized_", "summary_", "failed_", "codes_")
+    outputs = tuple(str(output_dir / kind) for kind in kinds)
+    clips = []
+    other_endings = []
+    for name in list_files(settings.audio_dir):
+        path = folder / name
         if path.suffix.lower() in ENDINGS:
             clip = Clip(printable(name), labels=printable(path.parent.name))
             if clip.fname != name:
                 clip.error = "the name is not UTF-8: rename the file or its folder"
             clips.append(clip)
         elif not str(path).startswith(outputs):
-            left_out.append(path.suffix or "no ending")
-    if left_out:
-        endings = ", ".join(sorted(set(left_out))[:20])
-        say(f"note: left out {counted(len(left_out), 'file')} not known as sound: {endings}")
+            other_endings.append(path.suffix or "no ending")
+    if other_endings:
+        endings = ", ".join(sorted(set(other_endings))[:20])
+        say(f"note: left out {counted(len(other_endings), 'file')} not known as sound: {endings}")
     if not clips:
-        raise UserError(f"--audio_dir {folder}: there are no sound files below it")
-    return Dataset(absolute.name, folder, clips[: settings.max_samples])
+        raise UserError(f"--audio_dir {settings.audio_dir}: there are no sound files below it")
+    return Dataset(folder.name, settings.audio_dir, clips[: settings.max_samples])
 
 
 def printable(name: str) -> str:
-    """Return a file's name as a text in UTF-8 can hold it: other bytes become \\xff."""
+    """Replace the bytes of a file's name that are not UTF-8 by \\xff and the like."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def list_files(folder: Path) -> list[str]:
     """List the files below a folder by their relative paths, sorted; hidden files are skipped.
 
-    Linked folders are followed, unless they hold the link.
+    Links to folders are followed, unless the link points to a folder above itself.
     """
 
     def report(error: OSError) -> None:
@@ -613,15 +610,15 @@ def list_files(folder: Path) -> list[str]:
             say(f"note: the folder {error.filename} is left out: {error.strerror}")
 
     found = []
-    lineages = {}  # of each folder: the device and inode of it, and of all folders above it
+    ancestors = {}  # folder -> the devices and inodes of the folders above it, and its own
     for where, folders, names in os.walk(folder, followlinks=True, onerror=report):
         status = os.stat(where)
         identity = (status.st_dev, status.st_ino)
-        above = lineages.get(os.path.dirname(where), [])
+        above = ancestors.get(os.path.dirname(where), [])
         if identity in above:
-            folders.clear()  # else os.walk would go round in a circle
+            folders.clear()  # otherwise os.walk would never end
             continue
-        lineages[where] = [*above, identity]
+        ancestors[where] = [*above, identity]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             if not name.startswith("."):
@@ -631,7 +628,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def normalized_name(name: str) -> str:
-    """Return a name in the form in which case, kind of Unicode, and slashes make no difference."""
+    """Remove differences of case, Unicode normalization and slashes from a file's name."""
     name = os.path.normpath(name.strip().replace("\\", "/")).replace(os.sep, "/")
     return unicodedata.normalize("NFC", name).casefold()
 
@@ -642,7 +639,9 @@ def find_file(clip: Clip, dataset: Dataset, file: str | None = None) -> None:
     `file` is a path below the audio folder (default: the file that the clip's name means).
     Raises OSError: the machine is at fault.
     """
-    clip.folder, clip.stamp, clip.error = dataset.inode, None, ""
+    clip.folder = dataset.inode
+    clip.stamp = None
+    clip.error = ""
     try:
         clip.name = name_below(dataset.audio_dir, clip.fname)
         clip.file = file or file_of_name(clip.name, dataset)
@@ -653,22 +652,23 @@ def find_file(clip: Clip, dataset: Dataset, file: str | None = None) -> None:
 
 
 def file_of_name(name: str, dataset: Dataset) -> str:
-    """Return the file that a clip's name means: as it stands, or the only one that it fits.
+    """Return the file of this name, or else the only one that the name fits.
 
-    A name that fits no file is returned as it is. Raises BadClip: it fits several files.
+    Returns the name itself if it fits none. Raises BadClip: it fits several files.
     """
     if os.path.isfile(dataset.audio_dir / name):
         return name
     key = normalized_name(name)
-    files = dataset.index.get(key, {name})
-    files = {file for file in files if file.count("/") == key.count("/")} or files
+    files = sorted(dataset.index.get(key, [name]))
+    in_same_folder = [file for file in files if file.count("/") == key.count("/")]
+    files = in_same_folder or files  # no folder of their path is left out
     if len(files) > 1:
-        raise BadClip(f"several files fit this name: {', '.join(sorted(files)[:5])}")
-    return next(iter(files))
+        raise BadClip(f"several files fit this name: {', '.join(files[:5])}")
+    return files[0]
 
 
 def name_below(folder: Path, fname: str) -> str:
-    """Return a clip's name as a normal path below a folder. Raises BadClip: it is none."""
+    """Return a clip's name as a normal path below a folder. Raises BadClip: it lies elsewhere."""
     if not fname.strip() or "\0" in fname:
         raise BadClip("the name is empty, or holds a NUL character")
     for root in (os.path.abspath(folder), os.path.realpath(folder)):
@@ -679,7 +679,7 @@ def name_below(folder: Path, fname: str) -> str:
 
 
 def reason_or_raise(error: OSError, path: Path) -> str:
-    """Say what is wrong with a file. Raises an OSError with its path: the machine is at fault."""
+    """Return what is wrong with a file. Raises OSError, with its path: the machine is at fault."""
     if error.errno not in CLIP_ERRNOS:
         raise OSError(error.errno, error.strerror or str(error), error.filename or str(path))
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
@@ -688,10 +688,10 @@ def reason_or_raise(error: OSError, path: Path) -> str:
 
 
 def file_stamp(path: Path) -> Stamp:
-    """Return a file's stamp. Raises BadClip: it is no file, or cannot be reached.
+    """Return a file's stamp. Raises BadClip: it is not a file, or cannot be reached.
 
-    ctime, because `rsync -t`, `cp -p` and unzip set the mtime. The inode, because Linux gives equal
-    times to files that are written within 4 ms.
+    It holds the ctime, because `rsync -t`, `cp -p` and unzip set the mtime, and the inode, because
+    Linux gives equal times to files that are written within 4 ms.
     """
     try:
         status = os.stat(path)
@@ -704,7 +704,7 @@ def file_stamp(path: Path) -> Stamp:
 
 
 def read_lines(csv_path: Path) -> list[str]:
-    """Read the lines of a text in UTF-8. Raises UserError: it is another kind of file."""
+    """Read the lines of a text file in UTF-8. Raises UserError: it is another kind of file."""
     try:
         data = csv_path.read_bytes()
         start = data[:1000].lstrip(codecs.BOM_UTF8 + b"\r\n ")
@@ -713,11 +713,10 @@ def read_lines(csv_path: Path) -> list[str]:
                 raise UserError(f"{csv_path} is {kind}: save it as a CSV file in UTF-8")
         if b"\0" in start[:2]:
             raise UserError(f"{csv_path} is in UTF-16, or not text: save it as a CSV file in UTF-8")
-        # Excel and PowerShell may each have put a byte-order mark before their text.
+        # Remove byte-order marks: Excel and PowerShell may each add one, before or after "sep=;".
         text = re.sub(r"\A\ufeff*(sep=.\r?\n)?\ufeff*", r"\1", data.decode())
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        where = f"{csv_path}, line {line}"
+        where = f"{csv_path}, line {1 + data[: error.start].count(10)}"  # 10 is "\n"
         raise UserError(f"{where}: not UTF-8. Save it as a CSV file in UTF-8") from error
     except OSError as error:
         raise UserError(f"{csv_path}: {error.strerror}") from error
@@ -725,36 +724,33 @@ def read_lines(csv_path: Path) -> list[str]:
 
 
 def find_header(lines: list[str], settings: Settings) -> tuple[int, str]:
-    """Return the number of the header's line, and the separator of its cells.
+    """Return the index of the header's line, and its separator.
 
-    Blank lines, comments and Excel's "sep=;" may come before it. It is a comment itself if only a
-    comment has a column of names. Its most frequent separator counts if there is no such column.
+    The header is the first line that is not blank, a comment or Excel's "sep=;". If it has no
+    column of names, a comment before it that has one is the header.
     """
-    wanted = set(NAME_COLUMNS)
+    wanted = set(USUAL_COLUMNS["fname_column"])
     if settings.fname_column:
         wanted = {settings.fname_column.lower()}
-    commented = None
-    for number, line in enumerate(lines):
-        fits = []
+    found = None
+    for index, line in enumerate(lines):
         for separator in SEPARATORS:
             cells = {cell.strip('# "\r\n').lower() for cell in line.split(separator)}
             if cells & wanted:
-                fits.append(separator)
-        if line.startswith("#"):
-            commented = (number, fits[0]) if fits else commented
-        elif fits:
-            return number, fits[0]
-        elif line.strip() and not line.startswith("sep="):
-            return commented or (number, max(SEPARATORS, key=line.count))
-    return commented or (0, ",")
+                found = index, separator
+                break
+        if line.strip() and not line.startswith(("#", "sep=")):
+            return found or (index, max(SEPARATORS, key=line.count))
+    return found or (0, ",")
 
 
 def parse_rows(lines: list[str], separator: str, **options: object) -> list[tuple[int, list[str]]]:
     """Return the rows of a table, each with the line in which it begins. Raises csv.Error."""
     csv.field_size_limit(2**31 - 1)
-    # A space before a quote would make the quote a part of the cell. The csv module would skip all
-    # spaces, but names of files may begin with one.
-    lines = [re.sub(re.escape(separator) + ' +"(?!")', separator + '"', line) for line in lines]
+    # Remove spaces before a quote, which would make it a part of the cell. csv's skipinitialspace
+    # would remove all spaces, but names of files may begin with one.
+    spaces = re.compile(re.escape(separator) + ' +"(?!")')
+    lines = [spaces.sub(separator + '"', line) for line in lines]
     reader = csv.reader(lines, delimiter=separator, strict=True, **options)
     rows = []
     line = 1
@@ -772,8 +768,8 @@ def parse_rows(lines: list[str], separator: str, **options: object) -> list[tupl
 def parse_tabs(lines: list[str]) -> list[tuple[int, list[str]]]:
     """Parse a table with tabs: Excel and R quote cells where needed, most other programs do not.
 
-    Where a quote is only a character, looking for quoted cells fails, or joins lines that are
-    regular rows by themselves.
+    Quotes are plain characters if they do not pair up, or if pairing them joins lines that are rows
+    of equal length already.
     """
     unquoted = parse_rows(lines, "\t", quoting=csv.QUOTE_NONE)
     try:
@@ -781,25 +777,28 @@ def parse_tabs(lines: list[str]) -> list[tuple[int, list[str]]]:
     except csv.Error:
         return unquoted
     lengths = {len(cells) for _, cells in unquoted}
-    return unquoted if len(quoted) < len(unquoted) and len(lengths) == 1 else quoted
+    if len(quoted) < len(unquoted) and len(lengths) == 1:
+        return unquoted
+    return quoted
 
 
 def read_table(csv_path: Path, settings: Settings) -> tuple[list[str], list[dict[str, str]]]:
-    """Read the header of a table and its rows, by column. Raises UserError: it cannot be read."""
+    """Read a table: the names of its columns, and its rows by column. Raises UserError."""
     lines = read_lines(csv_path)
-    above, separator = find_header(lines, settings)
-    lines[:above] = ["\n"] * above  # still there for the numbers of lines in messages
+    index, separator = find_header(lines, settings)
+    lines[:index] = ["\n"] * index  # blank lines keep the line numbers in messages right
     try:
         rows = parse_tabs(lines) if separator == "\t" else parse_rows(lines, separator)
     except csv.Error as error:
         raise UserError(f"{csv_path}, {error}") from error
     if len(rows) < 2:
         raise UserError(f"{csv_path} lists no clips: it needs a header and rows")
-    (_, cells), *rows = rows
-    header = [cell.strip() for cell in cells]
+    _, names = rows.pop(0)
+    header = [name.strip() for name in names]
+    # R's row names are numbers in a first column that the header does not have.
     is_numbered = all(len(cells) == len(header) + 1 and cells[0].isdecimal() for _, cells in rows)
     if is_numbered and any(cells[-1].strip() for _, cells in rows):
-        header.insert(0, "")  # R's row names are a column without a name
+        header.insert(0, "")
     found = []
     for line, cells in rows:
         if any(cell.strip() for cell in cells[len(header) :]):
@@ -813,29 +812,24 @@ def read_table(csv_path: Path, settings: Settings) -> tuple[list[str], list[dict
     return header, found
 
 
-def find_column(header: list[str], chosen: str | None, usual: Sequence[str]) -> str | None:
-    """Return the column that a flag has chosen, or one of a usual name; None if there is none."""
-    by_name = {name.lower().lstrip("# "): name for name in reversed(header)}
-    for name in [chosen] if chosen else usual:
+def find_column(csv_path: Path, header: list[str], settings: Settings, flag: str) -> str | None:
+    """Return the column that --fname_column or --label_column chooses, or one of a usual name.
+
+    Case does not matter. Returns None if there are no labels. Raises UserError: it is missing.
+    """
+    chosen = getattr(settings, flag)
+    wanted = [chosen] if chosen else USUAL_COLUMNS[flag]
+    columns = {name.lower().lstrip("# "): name for name in reversed(header)}
+    for name in wanted:
         if name in header:
             return name
-        if name.lower() in by_name:
-            return by_name[name.lower()]
+        if name.lower() in columns:
+            return columns[name.lower()]
+    if chosen or flag == "fname_column":
+        there = ", ".join(header[:20])
+        names = " or ".join(wanted)
+        raise UserError(f"{csv_path} has no column {names}, only {there}. --{flag} names a column.")
     return None
-
-
-def find_columns(csv_path: Path, header: list[str], settings: Settings) -> tuple[str, str | None]:
-    """Return the columns of names and of labels, if any. Raises UserError: one is missing."""
-    name_column = find_column(header, settings.fname_column, NAME_COLUMNS)
-    label_column = find_column(header, settings.label_column, LABEL_COLUMNS)
-    there = ", ".join(header[:20])
-    if name_column is None:
-        names = settings.fname_column or " or ".join(NAME_COLUMNS)
-        hint = "--fname_column names the column of the files"
-        raise UserError(f"{csv_path} has no column {names}, only {there}. {hint}.")
-    if settings.label_column and label_column is None:
-        raise UserError(f"{csv_path} has no column {settings.label_column}, only {there}")
-    return name_column, label_column
 
 
 def read_clips(csv_path: Path, settings: Settings) -> list[Clip]:
@@ -844,26 +838,29 @@ def read_clips(csv_path: Path, settings: Settings) -> list[Clip]:
     Columns without a name are skipped. Repeated rows count once. Raises UserError.
     """
     header, rows = read_table(csv_path, settings)
-    name_column, label_column = find_columns(csv_path, header, settings)
-    extra = []
+    used = [find_column(csv_path, header, settings, flag) for flag in USUAL_COLUMNS]
+    name_column, label_column = used
+    further = []
     if settings.metadata:
-        extra = [name for name in header if name and name not in (name_column, label_column)]
-    ours = {*COLUMNS, *CHUNK_COLUMNS, "tokens"}
-    clashes = [name for name in extra if name in ours or re.fullmatch(r"token_\d+", name)]
-    twice = {name for name in [name_column, label_column, *extra] if header.count(name) > 1}
-    if clashes or twice:
-        names = ", ".join(sorted({*clashes, *twice}))
+        further = [name for name in header if name and name not in used]
+    ambiguous = {name for name in [*used, *further] if header.count(name) > 1}
+    for name in further:
+        if name in (*COLUMNS, *CHUNK_COLUMNS, "tokens") or re.fullmatch(r"token_\d+", name):
+            ambiguous.add(name)
+    if ambiguous:
+        names = ", ".join(sorted(ambiguous))
         raise UserError(f"{csv_path}: rename the columns {names}: twice there, or the output's own")
-    clips, spanning = {}, []
+    clips = {}
+    joined = []  # names of clips whose row has several lines
     for row in rows:
         labels = row.get(label_column, "").strip()
-        further = {name: row.get(name, "").strip() for name in extra}
-        clip = Clip(row.get(name_column, ""), labels, further)
-        clips.setdefault((clip.fname, labels, *further.values()), clip)
+        extra = {name: row.get(name, "").strip() for name in further}
+        clip = Clip(row.get(name_column, ""), labels, extra)
+        clips.setdefault((clip.fname, labels, *extra.values()), clip)
         if any("\n" in cell for cell in row.values()):
-            spanning.append(clip.fname)
-    if spanning:
-        what = f"{counted(len(spanning), 'row')} of several lines (the first: {spanning[0]})"
+            joined.append(clip.fname)
+    if joined:
+        what = f"{counted(len(joined), 'row')} of several lines (the first: {joined[0]})"
         say(f"note: {csv_path} has {what}. If that is wrong, a quote is missing or one too many.")
     repeated = len(rows) - len(clips)
     if repeated:
