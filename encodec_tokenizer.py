@@ -138,7 +138,8 @@ class Interrupted(BaseException):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Recognize how PyTorch, oneDNN, CUDA and the dynamic linker report too little memory."""
-    words = "allocate memory(?! in static)|out of memory|alloc_failed|a primitive|failed to map"
+    words = "allocate memory(?! in static)|out of memory|alloc_failed"
+    words += "|could not create a primitive|map segment"
     return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
 
 
@@ -164,9 +165,7 @@ class Settings:
     aggregate: Annotated[str, "how a clip's chunks become one row; none: a row each"] = "mean"
     weights: Annotated[str, "pretrained, untrained, a checkpoint or its folder"] = "pretrained"
     device: Annotated[str, "auto (a GPU if there is one), cpu, cuda or cuda:N"] = "auto"
-    batch_size: Annotated[int | None, "chunks (48 kHz: seconds) a batch (default: 4, GPU 32)"] = (
-        None
-    )
+    batch_size: Annotated[int | None, "chunks (48 kHz: seconds) a batch (4; on a GPU 32)"] = None
     workers: Annotated[int | None, "groups of clips at work (default: cores / 8, min. 2)"] = None
     # Another limit on a clip's length needs a field here, its range below, and check_duration.
     max_duration: Annotated[float, "maximum length of a clip in seconds; longer ones fail"] = 600.0
@@ -178,10 +177,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in describe_settings():
-            value = getattr(self, name)
-            is_left_out = value is None and getattr(Settings, name) is None
-            if not is_left_out:
-                object.__setattr__(self, name, convert_setting(name, value))  # it is frozen
+            # `self.name = ` is not allowed, because it is frozen.
+            object.__setattr__(self, name, convert_setting(name, getattr(self, name)))
         check_settings(self)
 
 
@@ -211,7 +208,7 @@ def describe_settings() -> dict[str, tuple[type, str]]:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """Return a question about the word that is the most similar one, or nothing."""
+    """Return the end of a message: a question about the most similar word, or nothing."""
     matches = get_close_matches(word, words, n=1)
     return f"; did you mean {matches[0]}?" if matches else ""
 
@@ -219,6 +216,8 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 def convert_setting(name: str, value: object) -> object:
     """Return a setting's value in its own type: 6 and 6.0 are one bandwidth. Raises UserError."""
     kind, _ = describe_settings()[name]
+    if value is None and getattr(Settings, name) is None:
+        return None
     try:
         if isinstance(value, (str, os.PathLike)) and name != "plot" and not os.fspath(value):
             raise UserError(f"--{name} is empty: is a shell variable unset?")
@@ -376,11 +375,7 @@ def resolve_device(settings: Settings) -> Settings:
 
 
 def find_device(name: str) -> str:
-    """Return the device that --device names: "cpu" or "cuda:N".
-
-    A small convolution tries a GPU, because PyTorch sees GPUs that it has no kernels for. `auto`
-    then takes the CPU. Raises UserError: there is no such GPU, or it cannot be used.
-    """
+    """Return the device that --device names: "cpu" or "cuda:N". Raises UserError."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return "cpu"
     device = name
@@ -391,7 +386,7 @@ def find_device(name: str) -> str:
     # which take 200 KiB of host memory each (Conv_v8.cpp).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     os.environ.setdefault("TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT", "1000")
-    try:
+    try:  # a small convolution, because PyTorch also sees GPUs that it has no kernels for
         F.conv1d(torch.ones(1, 1, 8, device=device), torch.ones(1, 1, 3, device=device)).cpu()
         return device
     except (RuntimeError, AssertionError) as error:
@@ -417,13 +412,11 @@ OTHER_FILES = {  # kinds of files that are mistaken for a CSV, and their first b
     "a JSON file": (b"{", b"["),
     "a web page or an XML file": (b"<",),
 }
-NOT_SOUND = ("MAT4", "MAT5", "RAW")  # libsndfile's formats for MATLAB's matrices and for any bytes
-# Sound files end in the names of libsndfile's formats, in other spellings of these, or in those of
-# formats that FFmpeg reads.
-ENDINGS = {f".{name.lower()}" for name in sf.available_formats() if name not in NOT_SOUND}
-MORE_ENDINGS = """.wave .bwf .aif .aifc .snd .sph .iff .8svx .sf .oga .opus .spx .mp1 .mp2 .mpga
-.m4a .m4b .mp4 .aac .ac3 .amr .3gp .ape .wv .tta .wma .webm .weba .mka .mpc .dsf"""
-ENDINGS.update(MORE_ENDINGS.split())
+# Endings of the sound files that libsndfile or FFmpeg reads.
+ENDINGS = """.3gp .8svx .aac .ac3 .aif .aifc .aiff .amr .ape .au .avr .bwf .caf .dsf .flac .htk .iff
+.ircam .m4a .m4b .mka .mp1 .mp2 .mp3 .mp4 .mpc .mpc2k .mpga .nist .oga .ogg .opus .paf .pvf .rf64
+.sd2 .sds .sf .snd .sph .spx .svx .tta .voc .w64 .wav .wave .wavex .weba .webm .wma .wv .wve .xi"""
+ENDINGS = frozenset(ENDINGS.split())
 # Errnos that mean the clip's own file is bad. All others (no memory, too many open files, an I/O
 # error, a stale mount) are the machine's and stop the run.
 CLIP_ERRNOS = {
@@ -431,16 +424,14 @@ CLIP_ERRNOS = {
     errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EEXIST, errno.ENOTEMPTY,
 }  # fmt: skip
 NO_FILE = "no such file"
-Stamp = list[int]  # a file's size in bytes, mtime and ctime in nanoseconds, and inode
+# A file's size in bytes, mtime and ctime in nanoseconds, and inode. The mtime is not enough: copies
+# may keep it (`rsync -t`, `cp -p`), and Linux gives equal times to files written within 4 ms.
+Stamp = list[int]
 
 
 @dataclass(eq=False, slots=True)
 class Clip:
-    """One row of the dataset's table, and its progress.
-
-    find_file sets the fields from `name` to `error`. find_codes and encode_group set `sha256` when
-    the clip has codes, or `error`.
-    """
+    """A row of the dataset's table. find_file, find_codes and encode_group fill in its progress."""
 
     fname: str
     labels: str = ""
@@ -464,26 +455,22 @@ class Dataset:
     @cached_property
     def inode(self) -> int:
         """Inode of the audio folder, which stays the same after a move; 0 if there is none."""
-        try:
+        with suppress(OSError):
             return os.stat(self.audio_dir).st_ino
-        except OSError:
-            return 0
+        return 0
 
     @cached_property
-    def index(self) -> dict[str, set[str]]:
-        """The files of the audio folder by every name that a table may give them.
-
-        A name may lack the ending of a sound file, and the first folders of its path.
-        """
+    def files_by_name(self) -> dict[str, set[str]]:
+        """The files of the audio folder by every name that a table may give them."""
         found = defaultdict(set)
         for file in list_files(self.audio_dir):
-            spellings = [file]
+            names = [file]
             stem, ending = os.path.splitext(file)
             if ending.lower() in ENDINGS:
-                spellings.append(stem)
-            for spelling in spellings:
-                parts = normalized_name(spelling).split("/")
-                for i in range(len(parts)):
+                names.append(stem)
+            for name in names:
+                parts = normalized_name(name).split("/")
+                for i in range(len(parts)):  # with fewer and fewer folders before the name
                     found["/".join(parts[i:])].add(file)
         return found
 
@@ -504,7 +491,7 @@ def find_datasets(settings: Settings) -> list[Dataset]:
     else:
         datasets = [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
     for dataset in datasets:
-        for path in (dataset.audio_dir, settings.output_dir, settings.metadata or ""):
+        for path in filter(None, (dataset.audio_dir, settings.output_dir, settings.metadata)):
             name = os.path.realpath(path)
             if name != printable(name):  # the outputs hold it as text
                 raise UserError(f"{printable(name)}: this name is not UTF-8: rename it")
@@ -515,10 +502,7 @@ def find_datasets(settings: Settings) -> list[Dataset]:
 
 
 def find_dataset(settings: Settings, stem: str) -> Dataset:
-    """Find a dataset's CSV and audio folder in `input_dir` or up to two folders below it.
-
-    A folder that is gone is no error yet: clips whose codes are stored do not need it.
-    """
+    """Find a dataset's CSV and audio folder in `input_dir` or up to two folders below it."""
 
     def search(name: str) -> list[Path]:
         paths = []
@@ -538,7 +522,7 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
         folders = []
         for name in folder_names:
             folders += filter(Path.is_dir, search(name))
-        if not folders:
+        if not folders:  # no error: clips whose codes are stored do not need it
             folders = [settings.input_dir / folder_names[0]]
         candidates += product(search(table_name), folders)
     if not candidates:
@@ -600,10 +584,7 @@ def printable(name: str) -> str:
 
 
 def list_files(folder: Path) -> list[str]:
-    """List the files below a folder by their relative paths, sorted; hidden files are skipped.
-
-    Links to folders are followed, unless the link points to a folder above itself.
-    """
+    """List the files below a folder by their relative paths, sorted; hidden files are skipped."""
 
     def report(error: OSError) -> None:
         if reason_or_raise(error, folder) != NO_FILE:
@@ -615,8 +596,8 @@ def list_files(folder: Path) -> list[str]:
         status = os.stat(where)
         identity = (status.st_dev, status.st_ino)
         above = ancestors.get(os.path.dirname(where), [])
-        if identity in above:
-            folders.clear()  # otherwise os.walk would never end
+        if identity in above:  # a link leads back to a folder above it
+            folders.clear()
             continue
         ancestors[where] = [*above, identity]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -636,8 +617,7 @@ def normalized_name(name: str) -> str:
 def find_file(clip: Clip, dataset: Dataset, file: str | None = None) -> None:
     """Set a clip's name, file, path and stamp, or the reason why it has no file.
 
-    `file` is a path below the audio folder (default: the file that the clip's name means).
-    Raises OSError: the machine is at fault.
+    `file` is its path below the audio folder. If it is not given, the clip's name decides.
     """
     clip.folder = dataset.inode
     clip.stamp = None
@@ -652,16 +632,13 @@ def find_file(clip: Clip, dataset: Dataset, file: str | None = None) -> None:
 
 
 def file_of_name(name: str, dataset: Dataset) -> str:
-    """Return the file of this name, or else the only one that the name fits.
-
-    Returns the name itself if it fits none. Raises BadClip: it fits several files.
-    """
+    """Return the file that a name means, or the name itself if none fits. Raises BadClip."""
     if os.path.isfile(dataset.audio_dir / name):
         return name
     key = normalized_name(name)
-    files = sorted(dataset.index.get(key, [name]))
-    in_same_folder = [file for file in files if file.count("/") == key.count("/")]
-    files = in_same_folder or files  # no folder of their path is left out
+    files = sorted(dataset.files_by_name.get(key, [name]))
+    with_all_folders = [file for file in files if file.count("/") == key.count("/")]
+    files = with_all_folders or files
     if len(files) > 1:
         raise BadClip(f"several files fit this name: {', '.join(files[:5])}")
     return files[0]
@@ -688,11 +665,7 @@ def reason_or_raise(error: OSError, path: Path) -> str:
 
 
 def file_stamp(path: Path) -> Stamp:
-    """Return a file's stamp. Raises BadClip: it is not a file, or cannot be reached.
-
-    It holds the ctime, because `rsync -t`, `cp -p` and unzip set the mtime, and the inode, because
-    Linux gives equal times to files that are written within 4 ms.
-    """
+    """Return a file's stamp. Raises BadClip: it is not a file, or cannot be reached."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -724,22 +697,18 @@ def read_lines(csv_path: Path) -> list[str]:
 
 
 def find_header(lines: list[str], settings: Settings) -> tuple[int, str]:
-    """Return the index of the header's line, and its separator.
-
-    The header is the first line that is not blank, a comment or Excel's "sep=;". If it has no
-    column of names, a comment before it that has one is the header.
-    """
+    """Return the index of the header's line, and its separator."""
     wanted = set(USUAL_COLUMNS["fname_column"])
     if settings.fname_column:
         wanted = {settings.fname_column.lower()}
-    found = None
+    found = None  # the last line with a column of names, which may be a comment
     for index, line in enumerate(lines):
         for separator in SEPARATORS:
             cells = {cell.strip('# "\r\n').lower() for cell in line.split(separator)}
             if cells & wanted:
                 found = index, separator
                 break
-        if line.strip() and not line.startswith(("#", "sep=")):
+        if line.strip() and not line.startswith(("#", "sep=")):  # Excel writes "sep=;"
             return found or (index, max(SEPARATORS, key=line.count))
     return found or (0, ",")
 
@@ -766,18 +735,14 @@ def parse_rows(lines: list[str], separator: str, **options: object) -> list[tupl
 
 
 def parse_tabs(lines: list[str]) -> list[tuple[int, list[str]]]:
-    """Parse a table with tabs: Excel and R quote cells where needed, most other programs do not.
-
-    Quotes are plain characters if they do not pair up, or if pairing them joins lines that are rows
-    of equal length already.
-    """
+    """Parse a table with tabs. Excel and R quote cells in it; for others a quote is a character."""
     unquoted = parse_rows(lines, "\t", quoting=csv.QUOTE_NONE)
     try:
         quoted = parse_rows(lines, "\t")
     except csv.Error:
         return unquoted
     lengths = {len(cells) for _, cells in unquoted}
-    if len(quoted) < len(unquoted) and len(lengths) == 1:
+    if len(quoted) < len(unquoted) and len(lengths) == 1:  # quotes would join regular rows
         return unquoted
     return quoted
 
@@ -813,10 +778,7 @@ def read_table(csv_path: Path, settings: Settings) -> tuple[list[str], list[dict
 
 
 def find_column(csv_path: Path, header: list[str], settings: Settings, flag: str) -> str | None:
-    """Return the column that --fname_column or --label_column chooses, or one of a usual name.
-
-    Case does not matter. Returns None if there are no labels. Raises UserError: it is missing.
-    """
+    """Return the column that a flag chooses, or one of a usual name. Raises UserError."""
     chosen = getattr(settings, flag)
     wanted = [chosen] if chosen else USUAL_COLUMNS[flag]
     columns = {name.lower().lstrip("# "): name for name in reversed(header)}
@@ -826,17 +788,15 @@ def find_column(csv_path: Path, header: list[str], settings: Settings, flag: str
         if name.lower() in columns:
             return columns[name.lower()]
     if chosen or flag == "fname_column":
-        there = ", ".join(header[:20])
-        names = " or ".join(wanted)
-        raise UserError(f"{csv_path} has no column {names}, only {there}. --{flag} names a column.")
-    return None
+        present = ", ".join(header[:20])
+        missing = " or ".join(wanted)
+        hint = f"--{flag} names the column to use"
+        raise UserError(f"{csv_path} has no column {missing}, only {present}. {hint}.")
+    return None  # a table needs no labels
 
 
 def read_clips(csv_path: Path, settings: Settings) -> list[Clip]:
-    """Read the clips that a table lists, with the further columns of --metadata.
-
-    Columns without a name are skipped. Repeated rows count once. Raises UserError.
-    """
+    """Read the clips of a table, with the further columns of --metadata. Raises UserError."""
     header, rows = read_table(csv_path, settings)
     used = [find_column(csv_path, header, settings, flag) for flag in USUAL_COLUMNS]
     name_column, label_column = used
@@ -850,7 +810,7 @@ def read_clips(csv_path: Path, settings: Settings) -> list[Clip]:
     if ambiguous:
         names = ", ".join(sorted(ambiguous))
         raise UserError(f"{csv_path}: rename the columns {names}: twice there, or the output's own")
-    clips = {}
+    clips = {}  # repeated rows count once
     joined = []  # names of clips whose row has several lines
     for row in rows:
         labels = row.get(label_column, "").strip()
@@ -870,11 +830,12 @@ def read_clips(csv_path: Path, settings: Settings) -> list[Clip]:
 
 # -------------------------------------------------------------------------------------------- clips
 
-EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "AIFF", "AU")  # these give all that they promise
+EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "AIFF", "AU")  # their headers state the length
+UNKNOWN_FORMAT = (1, 4, 7)  # libsndfile's errors: format, encoding, a file that is MP3 by name only
 RATES = (100, 1_000_000)  # Hz
-UNKNOWN_LENGTH = 2**40  # samples; a FLAC stream may say 2^48, an MP3 stream 2^63
-PIPED = 2**31 - 2**24  # bytes; programs that write to a pipe give sizes from here on
-LOUDEST = 100.0  # of samples that may be audio between -1 and 1
+UNKNOWN_LENGTH = 2**40  # samples; a FLAC stream declares up to 2^48, an MP3 stream 2^63
+PIPED = 2**31 - 2**24  # bytes; programs that write to a pipe declare at least as many
+LOUDEST = 100.0  # absolute sample value; some recordings exceed 1 a little
 
 
 class SoundFile(sf.SoundFile):
@@ -886,12 +847,8 @@ class SoundFile(sf.SoundFile):
 
 
 def read_audio(path: Path, channels: int, settings: Settings) -> tuple[torch.Tensor, int, str]:
-    """Read a sound file: samples [channels, T] in float32, its sample rate in Hz, and its SHA-256.
-
-    libsndfile decodes it, or torchaudio.load if libsndfile does not know the format.
-    Raises BadClip: the file is at fault. OSError, MemoryError: the machine is at fault.
-    """
-    with path.open("rb") as file:  # raises what libsndfile would hide
+    """Read a sound file: samples [channels, T], rate in Hz, and SHA-256. Raises BadClip."""
+    with path.open("rb") as file:  # raises errors that libsndfile would hide
         head = file.read(4096)
     if not head:
         raise BadClip("empty file (0 bytes)")
@@ -905,7 +862,8 @@ def read_audio(path: Path, channels: int, settings: Settings) -> tuple[torch.Ten
             return read_samples(audio, channels, settings), audio.samplerate, digest
     except sf.LibsndfileError as error:
         digest = sha256_of(path)
-        samples, rate = read_with_torchaudio(path, error, head)
+        check_failure(error, path, head)
+        samples, rate = read_with_torchaudio(path, error)
         check_duration(samples.shape[1] / rate, settings)
         return mix_channels(check_samples(samples), channels), rate, digest
 
@@ -918,46 +876,43 @@ def check_duration(duration_s: float, settings: Settings) -> None:
 
 
 def check_header(audio: SoundFile, settings: Settings) -> None:
-    """Raise BadClip if an open file is no sound, or its header cannot be right."""
-    if audio.format == "RAW":  # by its ending alone, libsndfile takes any bytes for samples
+    """Raise BadClip if an open file is not a sound, or its header is wrong."""
+    if audio.format == "RAW":  # the name has an ending for which libsndfile expects no header
         raise BadClip("no header that says how to read the file: it may hold text")
-    if audio.format in NOT_SOUND:
+    if audio.format in ("MAT4", "MAT5"):
         raise BadClip("a MATLAB matrix, not a sound file: save sound as WAV")
     if not RATES[0] <= audio.samplerate <= RATES[1]:
         raise BadClip(f"its header is damaged: a sample rate of {audio.samplerate} Hz")
     if audio.frames < UNKNOWN_LENGTH:
         check_duration(audio.frames / audio.samplerate, settings)
-    # libsndfile reduces the size of WAV (data), AIFF (SSND) and AU to what is there, and says so in
-    # its log alone. Of RF64 it logs the numbers of samples.
-    sizes = r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)"
-    samples = r"frame count (\d+) does not match value from 'ds64' chunk of (\d+)"
-    for there, promised in re.findall(samples, audio.extra_info):
-        if int(there) < int(promised):
-            raise BadClip(f"truncated: {int(there):,} of {int(promised):,} samples are there")
-    for promised, there in re.findall(sizes, audio.extra_info, re.MULTILINE):
-        if int(there) < int(promised) < PIPED:
-            raise BadClip(
-                f"truncated, or its header is wrong: {int(there):,} of the {int(promised):,} bytes "
-                "of audio that it promises are there"
-            )
+    # For a truncated file libsndfile corrects the header, and only its log has both numbers.
+    rf64 = r"frame count (\d+) does not match value from 'ds64' chunk of (\d+)"
+    for there, declared in re.findall(rf64, audio.extra_info):
+        if int(there) < int(declared):
+            raise BadClip(f"truncated: {int(there):,} of {int(declared):,} samples are there")
+    wav_aiff_au = r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)"
+    for declared, there in re.findall(wav_aiff_au, audio.extra_info, re.MULTILINE):
+        if int(there) < int(declared) < PIPED:
+            sizes = f"{int(there):,} of the {int(declared):,} bytes of audio that it promises"
+            raise BadClip(f"truncated, or its header is wrong: {sizes} are there")
 
 
 def read_samples(audio: SoundFile, channels: int, settings: Settings) -> torch.Tensor:
-    """Read as many samples as the header declares, no more: [channels, T].
-
-    It reads in pieces, so that no wrong header reserves memory.
-    """
-    most = audio.frames
-    size = re.search(r"(?s)Block Align +: (\d+)\n.*\ndata : (\d+)", audio.extra_info)
-    if size and audio.format == "W64" and audio.subtype.startswith(("PCM", "FLOAT", "DOUBLE")):
-        most = min(most, (int(size[2]) - 24) // int(size[1]))  # libsndfile reads to the file's end
-    if most >= UNKNOWN_LENGTH:
-        most = int(settings.max_duration * audio.samplerate) + 1  # enough to be too long
+    """Read as many samples as the header declares, no more: [channels, T]."""
+    declared = audio.frames
+    if audio.format == "W64" and audio.subtype.startswith(("PCM", "FLOAT", "DOUBLE")):
+        # libsndfile takes all that follows in the file for samples, but logs the right size.
+        size = re.search(r"(?s)Block Align +: (\d+)\n.*\ndata : (\d+)", audio.extra_info)
+        if size:
+            declared = min(declared, (int(size[2]) - 24) // int(size[1]))
+    if declared >= UNKNOWN_LENGTH:
+        declared = int(settings.max_duration * audio.samplerate) + 1  # enough to be too long
     if audio.seekable():
-        audio.seek(0)  # as soundfile.read: an Opus stream then skips its first samples, as it must
-    pieces, length = [], 0
-    while length < most:
-        frames = min(2**25 // audio.channels, most - length)
+        audio.seek(0)  # as in soundfile.read: without it, Opus does not skip its first samples
+    pieces = []
+    length = 0
+    while length < declared:  # in pieces, so that a wrong header does not reserve memory
+        frames = min(2**25 // audio.channels, declared - length)
         # Zeros, because a decoder may leave memory unwritten where a file is damaged.
         piece = audio.read(out=np.zeros((frames, audio.channels), dtype=np.float32))
         if not len(piece):
@@ -967,24 +922,22 @@ def read_samples(audio: SoundFile, channels: int, settings: Settings) -> torch.T
     if length == 0:
         raise BadClip("no samples: its header says 0 bytes of audio, or none follow it")
     check_duration(length / audio.samplerate, settings)
-    exact = audio.format in EXACT_FORMATS and not audio.subtype.startswith("MPEG")
-    if exact and length < audio.frames < UNKNOWN_LENGTH:
-        raise BadClip(f"truncated or damaged: {length:,} of {most:,} samples could be read")
+    is_exact = audio.format in EXACT_FORMATS and not audio.subtype.startswith("MPEG")
+    if is_exact and length < audio.frames < UNKNOWN_LENGTH:
+        raise BadClip(f"truncated or damaged: {length:,} of {declared:,} samples could be read")
     return torch.cat(pieces, dim=1)
 
 
 def check_samples(samples: torch.Tensor) -> torch.Tensor:
-    """Return samples [C, T]. Raises BadClip: there are none, or they are no audio in -1 to 1."""
+    """Return samples [C, T]. Raises BadClip: there are none, or they are not within -1 to 1."""
     if not samples.numel():
         raise BadClip("no samples")
     peak = max(abs(samples.min().item()), abs(samples.max().item()))
     if not math.isfinite(peak):
         raise BadClip("NaN or infinite samples")
     if peak > LOUDEST:
-        raise BadClip(
-            f"samples up to {peak:g}, but audio lies between -1 and 1: divide them by the full "
-            "scale (32768 for 16 bits), or save the file as 16-bit PCM"
-        )
+        way_out = "divide them by the full scale (32768 for 16 bits), or save 16-bit PCM"
+        raise BadClip(f"samples up to {peak:g}, but audio lies between -1 and 1: {way_out}")
     return samples
 
 
@@ -995,41 +948,35 @@ def mix_channels(samples: torch.Tensor, channels: int) -> torch.Tensor:
     return samples.mean(dim=0, keepdim=True).repeat(channels, 1)
 
 
-def read_with_torchaudio(
-    path: Path, failure: sf.LibsndfileError, head: bytes
-) -> tuple[torch.Tensor, int]:
-    """Read a file that begins with `head` by torchaudio, if libsndfile does not know its format.
-
-    torchaudio needs TorchCodec and FFmpeg since 2.9. FFmpeg plays what is left of a damaged file.
-    Returns samples [C, T], and the rate in Hz. For errors see read_audio.
-    """
+def check_failure(failure: sf.LibsndfileError, path: Path, head: bytes) -> None:
+    """Raise the reason why libsndfile cannot read a file, unless it does not know the format."""
     words = failure.error_string.strip()
     if failure.code == 17:  # libsndfile's malloc failed
-        raise MemoryError(words) from failure
+        raise MemoryError(words)
     if failure.code == 2:  # a system call failed, although the file can be read
-        raise OSError(errno.EIO, words, str(path)) from failure
+        raise OSError(errno.EIO, words, str(path))
     is_utf_16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
     has_controls = re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]", head)
     if is_utf_16 or (len(set(head)) > 1 and not has_controls):
-        raise BadClip("not audio: the file holds text") from failure
-    if re.match(rb"ID3|APETAGEX|TAG", head):  # FFmpeg would play what is left of it
-        raise BadClip("no audio behind the file's tag could be decoded") from failure
+        raise BadClip("not audio: the file holds text")
+    if re.match(rb"ID3|APETAGEX|TAG", head):
+        raise BadClip("no audio behind the file's tag could be decoded")
     if failure.code == 24:  # "SF_INFO struct incomplete"
-        raise BadClip(
-            "its header is damaged: a sample rate or a number of channels of 0"
-        ) from failure
-    if failure.code not in (1, 4, 7):  # the format or the encoding; 7: it is named MP3, and is none
-        raise BadClip(f"damaged, or not a sound file (libsndfile: {words})") from failure
+        raise BadClip("its header is damaged: a sample rate or a number of channels of 0")
+    if failure.code not in UNKNOWN_FORMAT:  # FFmpeg would play what is left of a damaged file
+        raise BadClip(f"damaged, or not a sound file (libsndfile: {words})")
+
+
+def read_with_torchaudio(path: Path, failure: sf.LibsndfileError) -> tuple[torch.Tensor, int]:
+    """Read a file of a format that libsndfile does not know: samples [C, T], and the rate in Hz."""
     try:
-        return torchaudio.load(path)
-    except MemoryError:
-        raise
-    except Exception as error:  # any decoder's, or TorchCodec's absence
+        return torchaudio.load(path)  # needs TorchCodec and FFmpeg
+    except Exception as error:  # of any kind, by decoder
+        if is_out_of_memory(error):
+            raise MemoryError(str(error)) from error
         if getattr(error, "errno", None) not in {None, *CLIP_ERRNOS}:
             raise
-        if "allocate memory" in str(error):  # PyTorch's words for no memory
-            raise MemoryError(str(error)) from error
-        words = "it is no MP3." if failure.code == 7 else words
+        words = "it is no MP3." if failure.code == 7 else failure.error_string
         reasons = " ".join(f"soundfile: {words} torchaudio: {error}".split())
         raise BadClip(f"not audio that can be read ({reasons})") from error
 
@@ -1042,18 +989,17 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-RESAMPLERS = threading.Lock()
+RESAMPLER_LOCK = threading.Lock()  # so that each resampler is made once, and its note printed once
 
 
 @lru_cache(maxsize=8)
 def make_resampler(rate: int, model_rate: int) -> torchaudio.transforms.Resample:
-    """Make torchaudio's resampler, with its defaults, as in EnCodec's convert_audio.
-
-    Its kernel has as many entries as the product of the reduced rates: 4 GB for 44,101 Hz. Ratios
-    of more than 2^25 entries are met by the nearest one of fewer.
-    """
+    """Make torchaudio's resampler, with its defaults, as in EnCodec's convert_audio."""
+    # Its kernel has numerator x denominator entries, which take 4 GB for 44,101 Hz. If there would
+    # be more than 2^25, the nearest ratio of fewer has to do.
     ratio = Fraction(rate, model_rate)
-    nearest = ratio.limit_denominator(max(1, int(math.sqrt(2**25 / ratio))))
+    largest_denominator = max(1, int(math.sqrt(2**25 / ratio)))
+    nearest = ratio.limit_denominator(largest_denominator)
     if nearest != ratio:
         say(f"note: the sample rate {rate} Hz is met to within 0.01 %: an exact filter is too big")
     return torchaudio.transforms.Resample(nearest.numerator, nearest.denominator)
@@ -1061,7 +1007,7 @@ def make_resampler(rate: int, model_rate: int) -> torchaudio.transforms.Resample
 
 def resample(samples: torch.Tensor, rate: int, settings: Settings) -> torch.Tensor:
     """Resample [C, T] from `rate` in Hz to the model's rate."""
-    with RESAMPLERS:  # a kernel is made once, and its note printed once
+    with RESAMPLER_LOCK:
         resampler = make_resampler(rate, MODELS[settings.model].sample_rate)
     return resampler(samples)
 
@@ -1070,20 +1016,17 @@ def resample(samples: torch.Tensor, rate: int, settings: Settings) -> torch.Tens
 
 
 def split_chunks(audio: torch.Tensor, settings: Settings) -> tuple[list[int], list[torch.Tensor]]:
-    """Cut audio [C, T] into chunks [C, chunk], and say at which samples they start.
-
-    Audio of at most one chunk is zero-padded at its end. Longer audio is cut every hop, and the
-    last chunk is aligned to its end: it is not padded, and every sample is in a chunk. A whole clip
-    is one chunk, as long as it is.
-    """
+    """Cut audio [C, T] into chunks [C, chunk]. Returns where they start, in samples, and them."""
     if settings.whole:
         return [0], [audio]
-    length, rate = audio.shape[1], MODELS[settings.model].sample_rate
-    chunk = round(settings.target_duration * rate)
-    starts = list(range(0, max(1, length - chunk + 1), round(chunk * (1 - settings.overlap))))
-    if starts[-1] + chunk < length:
-        starts.append(length - chunk)
-    audio = F.pad(audio, (0, max(0, chunk - length)))
+    chunk = round(settings.target_duration * MODELS[settings.model].sample_rate)
+    hop = round(chunk * (1 - settings.overlap))
+    padding = max(0, chunk - audio.shape[1])
+    audio = F.pad(audio, (0, padding))
+    last = audio.shape[1] - chunk
+    starts = list(range(0, last + 1, hop))
+    if starts[-1] < last:  # align one more chunk to the end, so that every sample is in a chunk
+        starts.append(last)
     return starts, [audio[:, start : start + chunk] for start in starts]
 
 
@@ -1091,51 +1034,43 @@ def split_chunks(audio: torch.Tensor, settings: Settings) -> tuple[list[int], li
 
 
 def find_weights(settings: Settings) -> Path | None:
-    """Find the file to load, and download it if need be; None for untrained weights.
-
-    `pretrained` is Meta's file in torch hub's cache, where EncodecModel's own loader keeps it too.
-    The names of Meta's files end in the first 8 hex digits of their SHA-256.
-
-    Raises UserError: there is no such file, the download fails, or the SHA-256 is another one.
-    """
-    spec, path = MODELS[settings.model], Path(settings.weights)
+    """Find the file to load, or download it; None for untrained weights. Raises UserError."""
     if settings.weights == "untrained":
         return None
+    path = Path(settings.weights)
     if settings.weights == "pretrained":
-        path = Path(torch.hub.get_dir(), "checkpoints", spec.checkpoint)
+        # EncodecModel's own loader caches the file here, too.
+        path = Path(torch.hub.get_dir(), "checkpoints", MODELS[settings.model].checkpoint)
         if not path.exists() and not download(path):
             if settings.dataset == "sample" and not settings.audio_dir:
                 return None
             raise UserError(
-                f"the pretrained weights could not be downloaded from {ROOT_URL}{path.name}\n"
-                f"Download that file elsewhere and copy it to {path},\n"
-                "or name it with --weights FILE. To test a run without them: --weights untrained"
+                f"download {ROOT_URL}{path.name} elsewhere and copy it to {path},\n"
+                "or name it with --weights FILE. To test a run without it: --weights untrained"
             )
     elif path.is_dir():
         path /= "model.safetensors"
     if not path.is_file():
         raise UserError(f"--weights {path}: no such file (nor is it pretrained or untrained)")
-    metas = [spec.checkpoint for spec in MODELS.values()]
-    if path.name in metas and not sha256_of(path).startswith(path.stem[-8:]):
-        raise UserError(
-            f"{path} is damaged: its SHA-256 does not begin with the 8 digits that end its name. "
-            "Delete it, and run again or download it elsewhere."
-        )
+    checkpoints = [spec.checkpoint for spec in MODELS.values()]
+    if path.name in checkpoints and not sha256_of(path).startswith(path.stem[-8:]):
+        reason = f"its SHA-256 does not begin with {path.stem[-8:]}"
+        raise UserError(f"{path} is damaged: {reason}. Delete it, and download it again.")
     return path
 
 
 def download(path: Path) -> bool:
     """Download one of Meta's checkpoints to `path`. Says why, and returns False, if that fails."""
+    url = ROOT_URL + path.name
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # a cluster's firewall may swallow the request
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        url, checksum = ROOT_URL + path.name, path.stem[-8:]
         # It writes to a temporary name and renames, so several processes may download at once.
-        torch.hub.download_url_to_file(url, str(path), checksum, progress=LOCAL_RANK == 0)
+        torch.hub.download_url_to_file(url, str(path), path.stem[-8:], progress=LOCAL_RANK == 0)
         return True
     except (OSError, RuntimeError, ValueError, HTTPException) as error:
-        say(f"{ROOT_URL}{path.name} could not be downloaded: {getattr(error, 'reason', error)}")
+        say(f"{url} could not be downloaded: {getattr(error, 'reason', error)}")
         return False
     finally:
         socket.setdefaulttimeout(previous_timeout)
@@ -1165,73 +1100,67 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     return state if isinstance(state, dict) else {}
 
 
-def transformers_names(name: str) -> list[str]:
-    """The names that transformers gives a tensor of EnCodec's: weight norm has old and new ones."""
-    for meta, theirs in (
-        (r"^(encoder|decoder)\.model", r"\1.layers"),
-        (r"\.(conv|convtr)\.\1\.", ".conv."),
-        (r"\.(conv|convtr)\.norm\.", ".norm."),
-        (r"^quantizer\.vq\.layers\.(\d+)\._codebook", r"quantizer.layers.\1.codebook"),
-    ):
-        name = re.sub(meta, theirs, name)
-    newer = name.replace("weight_g", "parametrizations.weight.original0")
-    return [name, newer.replace("weight_v", "parametrizations.weight.original1")]
-
-
 def with_encodec_names(state: dict, model: EncodecModel) -> dict[str, torch.Tensor] | None:
-    """Rename `state` to EnCodec's own names; None if it belongs to another model."""
-    named = {}
+    """Rename the tensors of `state` as EncodecModel does; None if it belongs to another model."""
+    renamed = {}
     for name, wanted in model.state_dict().items():
-        for key in (name, *transformers_names(name)):
-            if getattr(state.get(key), "shape", None) == wanted.shape:
-                named[name] = state[key]
-    return named if len(named) == len(state) == len(model.state_dict()) else None
+        old = name  # in transformers, by the patterns of its convert_encodec_checkpoint_to_pytorch
+        for pattern, theirs in (
+            (r"^(encoder|decoder)\.model", r"\1.layers"),
+            (r"\.(conv|convtr)\.\1\.", ".conv."),
+            (r"\.(conv|convtr)\.norm\.", ".norm."),
+            (r"^quantizer\.vq\.layers\.(\d+)\._codebook", r"quantizer.layers.\1.codebook"),
+        ):
+            old = re.sub(pattern, theirs, old)
+        new = re.sub("weight_g$", "parametrizations.weight.original0", old)
+        new = re.sub("weight_v$", "parametrizations.weight.original1", new)
+        for key in (name, old, new):
+            tensor = state.get(key)
+            if torch.is_tensor(tensor) and tensor.shape == wanted.shape:
+                renamed[name] = tensor
+    return renamed if len(renamed) == len(state) == len(model.state_dict()) else None
 
 
 def load_model(settings: Settings, path: Path | None) -> tuple[EncodecModel, str]:
-    """Load the weights of `path` (None: untrained ones) into EnCodec at the chosen bandwidth.
+    """Return the model with the weights of `path` (None: untrained ones), and their SHA-256.
 
-    Returns the model, and the SHA-256 of the tensors that decide the codes, which is the same for
-    every form of checkpoint. Raises UserError: another model's, NaN, or all-zero codebooks.
+    Raises UserError: the weights are another model's, or unusable.
     """
     if path is None:
         model = untrained_model(settings.model)
-    else:
-        model = build_model(settings.model)
-        state = read_state(path)
-        named = with_encodec_names(state, model)
-        if named is None:
-            others = [name for name in MODELS if with_encodec_names(state, build_model(name))]
-            hint = "of no EnCodec model"
-            if others:
-                hint = f"those of {others[0]}: add --model {others[0]}"
-            raise UserError(f"the weights in {path} are not {settings.model}'s; they are {hint}")
-        model.load_state_dict(named)
-    digest = hashlib.sha256()
+        model.set_target_bandwidth(settings.bandwidth)
+        return model, UNTRAINED
+    model = build_model(settings.model)
+    state = read_state(path)
+    renamed = with_encodec_names(state, model)
+    if renamed is None:
+        others = [name for name in MODELS if with_encodec_names(state, build_model(name))]
+        hint = "of no EnCodec model"
+        if others:
+            hint = f"those of {others[0]}: add --model {others[0]}"
+        raise UserError(f"the weights in {path} are not {settings.model}'s; they are {hint}")
+    model.load_state_dict(renamed)
+    model.set_target_bandwidth(settings.bandwidth)
+    digest = hashlib.sha256()  # of the tensors that decide codes, whatever the form of the file
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith("encoder.") or name.endswith("_codebook.embed"):
             if not tensor.isfinite().all() or (name.endswith(".embed") and not tensor.any()):
                 raise UserError(f"the weights in {path} are unusable: {name} has NaN or is all 0")
             digest.update(name.encode() + tensor.numpy().tobytes())
-    model.set_target_bandwidth(settings.bandwidth)
-    return model, UNTRAINED if path is None else digest.hexdigest()
+    return model, digest.hexdigest()
 
 
 @torch.no_grad()
 def untrained_model(name: str) -> EncodecModel:
-    """Build a model with seeded random weights, to test runs: its tokens have no meaning.
-
-    A fresh EnCodec's codebooks are all zero, and so would be its tokens. Here each codebook is
-    drawn around the residuals that the codebooks before it leave of some noise.
-    """
+    """Build a model with seeded random weights, to test runs: its tokens have no meaning."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_model(name)
         noise = torch.randn(1, model.channels, 4 * model.sample_rate)
         noise *= torch.linspace(-8, 0, noise.shape[-1]).exp()  # from near silence to full scale
         residual = model.encoder(noise)[0].T  # [F, D]
-        for layer in model.quantizer.vq.layers:
-            layer.codebook.copy_(residual.mean(0) + residual.std(0) * torch.randn(1024, 128))
+        for layer in model.quantizer.vq.layers:  # fill the codebooks, which are all zero
+            layer.codebook.copy_(residual.mean(0) + residual.std(0) * torch.randn(NUM_CODES, 128))
             residual = residual - layer.codebook[layer.encode(residual.T[None])[0]]
     return model
 
