@@ -470,7 +470,7 @@ class Dataset:
                 names.append(stem)
             for name in names:
                 parts = normalized_name(name).split("/")
-                for i in range(len(parts)):  # with fewer and fewer folders before the name
+                for i in range(len(parts)):  # with all of its folders, then with fewer
                     found["/".join(parts[i:])].add(file)
         return found
 
@@ -637,8 +637,8 @@ def file_of_name(name: str, dataset: Dataset) -> str:
         return name
     key = normalized_name(name)
     files = sorted(dataset.files_by_name.get(key, [name]))
-    with_all_folders = [file for file in files if file.count("/") == key.count("/")]
-    files = with_all_folders or files
+    full_paths = [file for file in files if file.count("/") == key.count("/")]
+    files = full_paths or files  # a file whose whole path fits comes first
     if len(files) > 1:
         raise BadClip(f"several files fit this name: {', '.join(files[:5])}")
     return files[0]
@@ -949,7 +949,7 @@ def mix_channels(samples: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 def check_failure(failure: sf.LibsndfileError, path: Path, head: bytes) -> None:
-    """Raise the reason why libsndfile cannot read a file, unless it does not know the format."""
+    """Raise the reason why libsndfile failed, unless it only does not know the format."""
     words = failure.error_string.strip()
     if failure.code == 17:  # libsndfile's malloc failed
         raise MemoryError(words)
