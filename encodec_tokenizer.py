@@ -49,7 +49,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, replace
@@ -59,7 +59,7 @@ from functools import cached_property, lru_cache, partial
 from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, product
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -89,12 +89,11 @@ STEMS = {  # the value of --dataset -> the stems of the output files
     "sample": ["sample"],
 }
 SAMPLE_DIR = Path(__file__).resolve().parent / "tests" / "sample"
-AGGREGATES: dict[str, Callable[[StoredCodes], np.ndarray]] = {  # the rows [R, K, F] of a clip
-    # The mean of the chunks' codes, rounded: for several chunks the result is not a valid code.
+# How a clip's chunks become its rows [R, K, F]; StoredCodes is what an .npz file holds (see store).
+AGGREGATES: dict[str, Callable[[StoredCodes], np.ndarray]] = {
+    # The chunks' codes are averaged and rounded, so for several chunks they are not valid codes.
     "mean": lambda stored: np.rint(stored.codes.mean(axis=0, keepdims=True)).astype(np.uint16),
-    "latent": lambda stored: stored.mean_latent_codes[
-        None
-    ],  # the codes of the mean of the chunks' latents
+    "latent": lambda stored: stored.mean_latent_codes[None],  # codes of the mean of the latents
     "medoid": lambda stored: stored.codes[[stored.medoid]],  # the chunk nearest to that mean
     "none": lambda stored: stored.codes,  # a row for each chunk
 }
@@ -103,7 +102,7 @@ NUM_CODES = 1024  # entries of a codebook
 UNTRAINED = "untrained (seed 0)"
 UNTRAINED_WARNING = "These tokens are for testing only and have no meaning."
 PACKAGES = ("torch", "torchaudio", "encodec", "soundfile", "numpy", "torchcodec")
-CODES_FORMAT = 2  # raise it when codes or their files change: then all clips are encoded anew
+CODES_FORMAT = 2  # increase it when codes or their files change, so that all clips are encoded anew
 
 
 def environment_number(name: str, default: int) -> int:
@@ -112,7 +111,8 @@ def environment_number(name: str, default: int) -> int:
     return int(text) if text.isdecimal() else -1
 
 
-RANK, WORLD_SIZE = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+RANK = environment_number("RANK", 0)
+WORLD_SIZE = environment_number("WORLD_SIZE", 1)
 LOCAL_RANK = environment_number("LOCAL_RANK", 0)
 
 
@@ -137,9 +137,10 @@ class Interrupted(BaseException):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Recognize the words of PyTorch, oneDNN, CUDA and the dynamic linker for too little memory."""
-    words = "allocate memory(?! in static)|out of memory|alloc_failed|could not create a primitive"
-    return bool(isinstance(error, MemoryError) or re.search(f"(?i){words}|map segment", str(error)))
+    """Recognize how PyTorch, oneDNN, CUDA and the dynamic linker report too little memory."""
+    words = "allocate memory(?! in static)|out of memory|alloc_failed"
+    words += "|could not create a primitive|map segment"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error), re.IGNORECASE))
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -147,20 +148,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Settings:
-    """The command line: each field is a flag, with its type, its help, and its default.
-
-    Raises UserError: a value is wrong.
-    """
+    """The command line: each field is a flag with its help. Raises UserError: a value is wrong."""
 
     dataset: Annotated[str, "clips to tokenize; sample: twelve bundled ones"] = "curated"
     metadata: Annotated[Path | None, "CSV to read instead of --dataset"] = None
     audio_dir: Annotated[Path | None, "folder of --metadata's files; alone: all files in it"] = None
-    fname_column: Annotated[
-        str | None, "column of file names (default: fname, filename or file_name)"
-    ] = None
-    label_column: Annotated[str | None, "column of labels (default: labels, label or category)"] = (
-        None
-    )
+    fname_column: Annotated[str | None, "name column (default: fname, filename, file_name)"] = None
+    label_column: Annotated[str | None, "label column (default: labels, label, category)"] = None
     input_dir: Annotated[Path, "folder of FSDKaggle2019, as unpacked"] = Path("input")
     output_dir: Annotated[Path, "folder to save the outputs in"] = Path("work/tokenized")
     model: Annotated[str, "24 kHz mono or 48 kHz stereo"] = "encodec_24khz"
@@ -171,12 +165,8 @@ class Settings:
     aggregate: Annotated[str, "how a clip's chunks become one row; none: a row each"] = "mean"
     weights: Annotated[str, "pretrained, untrained, a checkpoint or its folder"] = "pretrained"
     device: Annotated[str, "auto (a GPU if there is one), cpu, cuda or cuda:N"] = "auto"
-    batch_size: Annotated[
-        int | None, "chunks (48 kHz: seconds) per batch (default: 4; GPU: 32)"
-    ] = None
-    workers: Annotated[
-        int | None, "groups of clips at work (default: cores / 8, at least 2; GPU: 8)"
-    ] = None
+    batch_size: Annotated[int | None, "chunks (48 kHz: seconds) a batch (4; on a GPU 32)"] = None
+    workers: Annotated[int | None, "groups of clips at work (default: cores / 8, min. 2)"] = None
     # Another limit on a clip's length needs a field here, its range below, and check_duration.
     max_duration: Annotated[float, "maximum length of a clip in seconds; longer ones fail"] = 600.0
     max_samples: Annotated[int | None, "number of clips, from the first (default: all)"] = None
@@ -187,9 +177,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in describe_settings():
-            value = getattr(self, name)
-            if value is not None or getattr(Settings, name) is not None:
-                object.__setattr__(self, name, convert_setting(name, value))
+            # `self.name = ` is not allowed, because it is frozen.
+            object.__setattr__(self, name, convert_setting(name, getattr(self, name)))
         check_settings(self)
 
 
@@ -212,25 +201,31 @@ def describe_settings() -> dict[str, tuple[type, str]]:
     found = {}
     for name, hint in get_type_hints(Settings, include_extras=True).items():
         kind, text = get_args(hint)
-        found[name] = (get_args(kind) or [kind])[0], text  # int of `int | None`
+        if get_args(kind):
+            kind, _ = get_args(kind)  # int and None of `int | None`
+        found[name] = kind, text
     return found
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    near = get_close_matches(word, words, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    """Return the end of a message: a question about the most similar word, or nothing."""
+    matches = get_close_matches(word, words, n=1)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def convert_setting(name: str, value: object) -> object:
     """Return a setting's value in its own type: 6 and 6.0 are one bandwidth. Raises UserError."""
     kind, _ = describe_settings()[name]
+    if value is None and getattr(Settings, name) is None:
+        return None
     try:
         if isinstance(value, (str, os.PathLike)) and name != "plot" and not os.fspath(value):
             raise UserError(f"--{name} is empty: is a shell variable unset?")
         if kind is Path or name in ("weights", "plot"):  # the shell leaves ~ in --weights=~/x
             value = os.path.expanduser(os.fspath(value))
-        is_cut = kind is int and isinstance(value, float) and not value.is_integer()
-        if is_cut or (kind is bool and value not in (True, False)):  # "false" would be true
+        if kind is bool and value not in (True, False):  # bool("false") is True
+            raise ValueError
+        if kind is int and isinstance(value, float) and not value.is_integer():  # int(2.5) is 2
             raise ValueError
         return kind(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -238,12 +233,12 @@ def convert_setting(name: str, value: object) -> object:
 
 
 def check_settings(settings: Settings) -> None:
-    """Raise UserError for the first setting that is wrong, in a sentence."""
+    """Raise UserError if a setting is wrong, or two do not go together."""
     for name, choices in CHOICES.items():
         value = getattr(settings, name)
         if value not in choices:
-            near = did_you_mean(value, choices)
-            raise UserError(f"--{name} {value}: choose from {', '.join(choices)}{near}")
+            question = did_you_mean(value, choices)
+            raise UserError(f"--{name} {value}: choose from {', '.join(choices)}{question}")
     for name, (low, high) in RANGES.items():
         value = getattr(settings, name)
         if value is not None and not low <= value <= high:  # NaN is in no range
@@ -275,7 +270,8 @@ def check_settings(settings: Settings) -> None:
 
 def parse_settings(argv: list[str] | None = None) -> Settings:
     """Read the command line (default: the process's own). A mistake ends in exit status 2."""
-    description, examples, _ = (__doc__ or "\n\n\n\n").split("\n\n", 2)  # python -OO has none
+    description, _, rest = (__doc__ or "").partition("\n\n")  # python -OO removes docstrings
+    examples, _, _ = rest.partition("\n\n")
     parser = argparse.ArgumentParser(
         description=description,
         epilog=f"examples:\n{examples}",
@@ -283,7 +279,7 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
         argument_default=argparse.SUPPRESS,  # Settings holds the defaults
         allow_abbrev=False,
     )
-    # One sentence; argparse would print the usage before it.
+    # argparse would print the usage before the sentence.
     parser.error = lambda text: parser.exit(2, f"error: {text}\n--help lists all flags.\n")
     parser.add_argument("--version", action="version", version=__version__)
     for name, (kind, text) in describe_settings().items():
@@ -302,8 +298,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [f"--{name}" for name in describe_settings()]
-        near = did_you_mean(unknown[0].partition("=")[0], flags)
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        question = did_you_mean(unknown[0].partition("=")[0], flags)
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{question}")
     if "dataset" in given and "audio_dir" in given:
         parser.error("--dataset and --audio_dir each name a set of clips: give one of them")
     try:
@@ -331,15 +327,11 @@ try:
     from encodec.modules.seanet import SEANetResnetBlock
     from tqdm import tqdm
 except (ImportError, OSError, RuntimeError, MemoryError) as error:
-    # torchaudio does not load beside every torch, and fails with one of the first three.
-    way_out = (
-        "Install versions that work together, in an environment of their own, with\n"
-        f"  {sys.executable} -m pip install -r requirements.txt"
-    )
+    # torchaudio fails with one of the first three if it is not made for this torch.
+    way_out = "Install versions that work together, in an environment of their own, with\n"
+    way_out += f"  {sys.executable} -m pip install -r requirements.txt"
     if is_out_of_memory(error):
-        way_out = (
-            "There is too little memory: raise the limit (ulimit -v, the job's, the container's)."
-        )
+        way_out = "There is too little memory: raise the limit (ulimit, the job or the container)."
     sys.exit(f"error: a needed package does not load: {error} {error.__cause__ or ''}\n{way_out}")
 
 
@@ -358,51 +350,43 @@ def counted(number: int, noun: str) -> str:
 # container's quota allow. torchrun sets OMP_NUM_THREADS to 1 unless the user has set it.
 THREADS = environment_number("OMP_NUM_THREADS", 0)
 if THREADS < 1 or (THREADS == 1 and WORLD_SIZE > 1):
-    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    cores = len(affinity(0))
+    THREADS = os.cpu_count() or 1
+    with suppress(AttributeError):  # macOS and Windows have no such function
+        THREADS = len(os.sched_getaffinity(0))
     with suppress(OSError, ValueError):  # cgroup v2: microseconds of a period, or "max"
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    THREADS = max(1, cores // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
+        THREADS = min(THREADS, math.ceil(int(quota) / int(period)))
+    THREADS = max(1, THREADS // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
 
 
 def resolve_device(settings: Settings) -> Settings:
-    """Replace the device by "cpu" or "cuda:N", and fill in the defaults that depend on it.
-
-    Raises UserError: see find_device.
-    """
+    """Set the device to "cpu" or "cuda:N", and fill in the defaults that depend on it."""
     device = find_device(settings.device)
-    # The LSTM of whole clips gains nothing from a batch on a CPU: they differ in length.
-    batch_size = 1 if settings.whole and settings.model == "encodec_24khz" else 4
+    batch_size = 4
     workers = max(2, THREADS // 8)
     if device != "cpu":
         batch_size = 32
         workers = 8
-    return replace(
-        settings,
-        device=device,
-        batch_size=settings.batch_size or batch_size,
-        workers=settings.workers or workers,
-    )
+    elif settings.whole and settings.model == "encodec_24khz":
+        batch_size = 1  # the LSTM gains nothing from a batch of clips that differ in length
+    batch_size = settings.batch_size or batch_size
+    workers = settings.workers or workers
+    return replace(settings, device=device, batch_size=batch_size, workers=workers)
 
 
 def find_device(name: str) -> str:
-    """Return the device that --device names: "cpu" or "cuda:N".
-
-    A GPU is tried by a small convolution, because PyTorch sees GPUs that it has no kernels for;
-    `auto` then takes the CPU. Raises UserError: there is no such GPU, or it cannot be used.
-    """
+    """Return the device that --device names: "cpu" or "cuda:N". Raises UserError."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return "cpu"
     device = name
     if name in ("auto", "cuda"):
         device = f"cuda:{LOCAL_RANK % max(1, torch.cuda.device_count())}"
-    # Both have to be set before CUDA starts. cuDNN's LSTM is deterministic only with the first
-    # (PyTorch's page on torch.nn.LSTM). The second bounds the host memory of convolutions' plans,
-    # 200 KiB each (Conv_v8.cpp).
+    # Both must be set before CUDA starts. cuDNN's LSTM is deterministic only with the first one
+    # (PyTorch's page on torch.nn.LSTM). The second one limits the number of plans for convolutions,
+    # which take 200 KiB of host memory each (Conv_v8.cpp).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     os.environ.setdefault("TORCH_CUDNN_V8_API_LRU_CACHE_LIMIT", "1000")
-    try:
+    try:  # a small convolution, because PyTorch also sees GPUs that it has no kernels for
         F.conv1d(torch.ones(1, 1, 8, device=device), torch.ones(1, 1, 3, device=device)).cpu()
         return device
     except (RuntimeError, AssertionError) as error:
@@ -415,10 +399,12 @@ def find_device(name: str) -> str:
 
 # ------------------------------------------------------------------------------------------ dataset
 
-NAME_COLUMNS = ("fname", "filename", "file_name")
-LABEL_COLUMNS = ("labels", "label", "category")
+USUAL_COLUMNS = {
+    "fname_column": ["fname", "filename", "file_name"],
+    "label_column": ["labels", "label", "category"],
+}
 SEPARATORS = ",;\t|"
-OTHER_FILES = {  # that people take for a CSV, and how they begin
+OTHER_FILES = {  # kinds of files that are mistaken for a CSV, and their first bytes
     "a spreadsheet or a ZIP archive": (b"PK\3\4", b"\xd0\xcf\x11\xe0"),  # .xlsx, .ods; .xls
     "compressed": (b"\x1f\x8b", b"BZh9", b"\xfd7zXZ", b"(\xb5/\xfd"),  # gzip, bzip2, xz, zstd
     "a Parquet or Arrow file": (b"PAR1", b"ARROW1"),
@@ -426,41 +412,37 @@ OTHER_FILES = {  # that people take for a CSV, and how they begin
     "a JSON file": (b"{", b"["),
     "a web page or an XML file": (b"<",),
 }
-NOT_SOUND = ("MAT4", "MAT5", "RAW")  # formats of libsndfile: MATLAB's matrices, and any bytes
-# Endings of sound files: libsndfile's formats and their usual spellings, and what FFmpeg reads.
-ENDINGS = {f".{name.lower()}" for name in sf.available_formats() if name not in NOT_SOUND}
-MORE_ENDINGS = """
-wave bwf aif aifc snd sph iff 8svx sf oga opus spx mp1 mp2 mpga m4a m4b mp4 aac ac3 amr 3gp ape
-wv tta wma webm weba mka mpc dsf"""
-ENDINGS |= {f".{name}" for name in MORE_ENDINGS.split()}
-# The system reports these errors about a file that is itself at fault. All others (no memory, too
-# many open files, an I/O error, a stale mount) are the machine's: they stop the run.
+# Endings of the sound files that libsndfile or FFmpeg reads.
+ENDINGS = """.3gp .8svx .aac .ac3 .aif .aifc .aiff .amr .ape .au .avr .bwf .caf .dsf .flac .htk .iff
+.ircam .m4a .m4b .mka .mp1 .mp2 .mp3 .mp4 .mpc .mpc2k .mpga .nist .oga .ogg .opus .paf .pvf .rf64
+.sd2 .sds .sf .snd .sph .spx .svx .tta .voc .w64 .wav .wave .wavex .weba .webm .wma .wv .wve .xi"""
+ENDINGS = frozenset(ENDINGS.split())
+# Errnos that mean the clip's own file is bad. All others (no memory, too many open files, an I/O
+# error, a stale mount) are the machine's and stop the run.
 CLIP_ERRNOS = {
     errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
     errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EEXIST, errno.ENOTEMPTY,
 }  # fmt: skip
 NO_FILE = "no such file"
-Stamp = list[int]  # a file's size in bytes, mtime and ctime in nanoseconds, and inode
+# A file's size in bytes, mtime and ctime in nanoseconds, and inode. The mtime is not enough: copies
+# may keep it (`rsync -t`, `cp -p`), and Linux gives equal times to files written within 4 ms.
+Stamp = list[int]
 
 
 @dataclass(eq=False, slots=True)
 class Clip:
-    """One row of the dataset's table, and how far it has come.
-
-    find_file sets the fields from `name` to `error`. find_codes and encode_group set `sha256` when
-    the clip has codes, or `error`.
-    """
+    """A row of the dataset's table. find_file, find_codes and encode_group fill in its progress."""
 
     fname: str
     labels: str = ""
     extra: dict[str, str] = field(default_factory=dict)  # cells of --metadata's further columns
-    name: str = ""  # fname as a normal path below the audio folder; its codes have this name
-    file: str = ""  # the file that the name means, as a path below the audio folder
-    path: Path | None = None  # the same with the audio folder before it
+    name: str = ""  # fname as a normal path below the audio folder; names the stored codes
+    file: str = ""  # path of the file that the name means, below the audio folder
+    path: Path | None = None  # full path of the file
     folder: int = 0  # inode of the audio folder
-    stamp: Stamp | None = None  # of the file; None if there is no such file
+    stamp: Stamp | None = None  # None if there is no such file
     error: str = ""  # why the clip cannot be tokenized
-    sha256: str = ""  # of the encoded content; empty until the clip has codes
+    sha256: str = ""  # SHA-256 of the encoded content; empty until encoded
     encoded_s: float = 0.0  # seconds of audio that this process has encoded
 
 
@@ -472,24 +454,23 @@ class Dataset:
 
     @cached_property
     def inode(self) -> int:
-        """The audio folder's, which is the same after a move; 0 if there is no such folder."""
-        try:
+        """Inode of the audio folder, which stays the same after a move; 0 if there is none."""
+        with suppress(OSError):
             return os.stat(self.audio_dir).st_ino
-        except OSError:
-            return 0
+        return 0
 
     @cached_property
-    def index(self) -> dict[str, set[str]]:
-        """The files of the audio folder by every name that may stand for them in a table.
-
-        A name may lack an ending that sound files have, and the first folders of its path.
-        """
+    def files_by_name(self) -> dict[str, set[str]]:
+        """The files of the audio folder by every name that a table may give them."""
         found = defaultdict(set)
         for file in list_files(self.audio_dir):
+            names = [file]
             stem, ending = os.path.splitext(file)
-            for spelling in (file, stem) if ending.lower() in ENDINGS else (file,):
-                parts = normalized_name(spelling).split("/")
-                for i in range(len(parts)):
+            if ending.lower() in ENDINGS:
+                names.append(stem)
+            for name in names:
+                parts = normalized_name(name).split("/")
+                for i in range(len(parts)):  # with all of its folders, then with fewer
                     found["/".join(parts[i:])].add(file)
         return found
 
@@ -510,8 +491,8 @@ def find_datasets(settings: Settings) -> list[Dataset]:
     else:
         datasets = [find_dataset(settings, stem) for stem in STEMS[settings.dataset]]
     for dataset in datasets:
-        for path in (dataset.audio_dir, settings.output_dir, settings.metadata):
-            name = os.path.realpath(path or dataset.audio_dir)
+        for path in filter(None, (dataset.audio_dir, settings.output_dir, settings.metadata)):
+            name = os.path.realpath(path)
             if name != printable(name):  # the outputs hold it as text
                 raise UserError(f"{printable(name)}: this name is not UTF-8: rename it")
         for clip in dataset.clips:
@@ -521,11 +502,7 @@ def find_datasets(settings: Settings) -> list[Dataset]:
 
 
 def find_dataset(settings: Settings, stem: str) -> Dataset:
-    """Find a dataset's CSV and audio folder in `input_dir` or up to two folders below it.
-
-    Kaggle lists its test clips in sample_submission.csv. A folder that is gone is no error yet:
-    clips whose codes are stored do not need it.
-    """
+    """Find a dataset's CSV and audio folder in `input_dir` or up to two folders below it."""
 
     def search(name: str) -> list[Path]:
         paths = []
@@ -533,7 +510,9 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
             paths += sorted(settings.input_dir.glob(depth + name))
         return paths
 
-    kaggle_table = "sample_submission.csv" if stem == "test" else f"{stem}.csv"
+    kaggle_table = f"{stem}.csv"
+    if stem == "test":
+        kaggle_table = "sample_submission.csv"  # Kaggle lists its test clips there
     layouts = {  # a table -> the names that its audio folder may have
         kaggle_table: [stem, stem.replace("train_", "trn_")],
         f"{stem}_post_competition.csv": [f"FSDKaggle2019.audio_{stem}"],  # Zenodo, record 3612637
@@ -542,10 +521,10 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
     for table_name, folder_names in layouts.items():
         folders = []
         for name in folder_names:
-            folders += [path for path in search(name) if path.is_dir()]
-        for table in search(table_name):
-            for folder in folders or [settings.input_dir / folder_names[0]]:
-                candidates.append((table, folder))
+            folders += filter(Path.is_dir, search(name))
+        if not folders:  # no error: clips whose codes are stored do not need it
+            folders = [settings.input_dir / folder_names[0]]
+        candidates += product(search(table_name), folders)
     if not candidates:
         raise UserError(
             f"the dataset {stem} is not in {settings.input_dir.resolve()} or up to two folders "
@@ -554,19 +533,19 @@ def find_dataset(settings: Settings, stem: str) -> Dataset:
             "competition freesound-audio-tagging-2019,\nand name the folder that holds it with "
             "--input_dir. To try the tool without it: --dataset sample"
         )
-    # All competitions of Kaggle have a sample_submission.csv, and some copies nest a folder in one
-    # of the same name: take the table and the folder that go together.
+    # Every competition of Kaggle has a sample_submission.csv, and some copies nest a folder in one
+    # of the same name. So take the table and the folder that belong together.
     table, folder = max(candidates, key=lambda pair: count_clips_there(*pair, settings))
     return Dataset(stem, folder, read_clips(table, settings))
 
 
 def count_clips_there(table: Path, folder: Path, settings: Settings) -> int:
-    """Count how many of a table's first 100 clips are in a folder; -1 if that cannot be read."""
+    """Count how many of a table's first 100 clips are in a folder; -1 if either is unusable."""
     if not folder.is_dir():
         return -1
     try:
         header, rows = read_table(table, settings)
-        name_column, _ = find_columns(table, header, settings)
+        name_column = find_column(table, header, settings, "fname_column")
     except UserError:
         return -1
     return sum(os.path.exists(folder / row.get(name_column, "")) for row in rows[:100])
@@ -574,56 +553,53 @@ def count_clips_there(table: Path, folder: Path, settings: Settings) -> int:
 
 def list_folder(settings: Settings) -> Dataset:
     """Take every sound file below --audio_dir, sorted by path, labelled by its own folder."""
-    folder = settings.audio_dir
+    folder = settings.audio_dir.resolve()
     if not folder.is_dir():
-        raise UserError(f"--audio_dir {folder}: there is no such folder")
-    kinds = ("tokenized_", "summary_", "failed_", "codes_")  # outputs may lie in the same folder
-    output_dir = os.path.realpath(settings.output_dir)
-    outputs = tuple(os.path.join(output_dir, kind) for kind in kinds)
-    absolute = folder.resolve()
-    clips, left_out = [], []
-    for name in list_files(folder):
-        path = absolute / name
+        raise UserError(f"--audio_dir {settings.audio_dir}: there is no such folder")
+    output_dir = settings.output_dir.resolve()  # it may be below the audio folder
+    kinds = ("tokenized_", "summary_", "failed_", "codes_")
+    outputs = tuple(str(output_dir / kind) for kind in kinds)
+    clips = []
+    other_endings = []
+    for name in list_files(settings.audio_dir):
+        path = folder / name
         if path.suffix.lower() in ENDINGS:
             clip = Clip(printable(name), labels=printable(path.parent.name))
             if clip.fname != name:
                 clip.error = "the name is not UTF-8: rename the file or its folder"
             clips.append(clip)
         elif not str(path).startswith(outputs):
-            left_out.append(path.suffix or "no ending")
-    if left_out:
-        endings = ", ".join(sorted(set(left_out))[:20])
-        say(f"note: left out {counted(len(left_out), 'file')} not known as sound: {endings}")
+            other_endings.append(path.suffix or "no ending")
+    if other_endings:
+        endings = ", ".join(sorted(set(other_endings))[:20])
+        say(f"note: left out {counted(len(other_endings), 'file')} not known as sound: {endings}")
     if not clips:
-        raise UserError(f"--audio_dir {folder}: there are no sound files below it")
-    return Dataset(absolute.name, folder, clips[: settings.max_samples])
+        raise UserError(f"--audio_dir {settings.audio_dir}: there are no sound files below it")
+    return Dataset(folder.name, settings.audio_dir, clips[: settings.max_samples])
 
 
 def printable(name: str) -> str:
-    """Return a file's name as a text in UTF-8 can hold it: other bytes become \\xff."""
+    """Replace the bytes of a file's name that are not UTF-8 by \\xff and the like."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
 def list_files(folder: Path) -> list[str]:
-    """List the files below a folder by their relative paths, sorted; hidden files are skipped.
-
-    Linked folders are followed, unless they hold the link.
-    """
+    """List the files below a folder by their relative paths, sorted; hidden files are skipped."""
 
     def report(error: OSError) -> None:
         if reason_or_raise(error, folder) != NO_FILE:
             say(f"note: the folder {error.filename} is left out: {error.strerror}")
 
     found = []
-    lineages = {}  # of each folder: the device and inode of it, and of all folders above it
+    ancestors = {}  # folder -> the devices and inodes of the folders above it, and its own
     for where, folders, names in os.walk(folder, followlinks=True, onerror=report):
         status = os.stat(where)
         identity = (status.st_dev, status.st_ino)
-        above = lineages.get(os.path.dirname(where), [])
-        if identity in above:
-            folders.clear()  # else os.walk would go round in a circle
+        above = ancestors.get(os.path.dirname(where), [])
+        if identity in above:  # a link leads back to a folder above it
+            folders.clear()
             continue
-        lineages[where] = [*above, identity]
+        ancestors[where] = [*above, identity]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             if not name.startswith("."):
@@ -633,7 +609,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def normalized_name(name: str) -> str:
-    """Return a name in the form in which case, kind of Unicode, and slashes make no difference."""
+    """Remove differences of case, Unicode normalization and slashes from a file's name."""
     name = os.path.normpath(name.strip().replace("\\", "/")).replace(os.sep, "/")
     return unicodedata.normalize("NFC", name).casefold()
 
@@ -641,10 +617,11 @@ def normalized_name(name: str) -> str:
 def find_file(clip: Clip, dataset: Dataset, file: str | None = None) -> None:
     """Set a clip's name, file, path and stamp, or the reason why it has no file.
 
-    `file` is a path below the audio folder (default: the file that the clip's name means).
-    Raises OSError: the machine is at fault.
+    `file` is its path below the audio folder. If it is not given, the clip's name decides.
     """
-    clip.folder, clip.stamp, clip.error = dataset.inode, None, ""
+    clip.folder = dataset.inode
+    clip.stamp = None
+    clip.error = ""
     try:
         clip.name = name_below(dataset.audio_dir, clip.fname)
         clip.file = file or file_of_name(clip.name, dataset)
@@ -655,11 +632,7 @@ def find_file(clip: Clip, dataset: Dataset, file: str | None = None) -> None:
 
 
 def file_of_name(name: str, dataset: Dataset) -> str:
-    """Return the file that a clip's name means: as it stands, or the only one that it fits.
-
-    A name that fits no file, or that cannot be looked up, is returned as it is. Raises BadClip: it
-    fits several files.
-    """
+    """Return the file that a name means, or the name itself if none fits. Raises BadClip."""
     try:
         if stat.S_ISREG(os.stat(dataset.audio_dir / name).st_mode):
             return name
@@ -667,15 +640,16 @@ def file_of_name(name: str, dataset: Dataset) -> str:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
             return name  # its folder may be closed: another file is not meant
     key = normalized_name(name)
-    files = dataset.index.get(key, {name})
-    files = {file for file in files if file.count("/") == key.count("/")} or files
+    files = sorted(dataset.files_by_name.get(key, [name]))
+    full_paths = [file for file in files if file.count("/") == key.count("/")]
+    files = full_paths or files  # a file whose whole path fits comes first
     if len(files) > 1:
-        raise BadClip(f"several files fit this name: {', '.join(sorted(files)[:5])}")
-    return next(iter(files))
+        raise BadClip(f"several files fit this name: {', '.join(files[:5])}")
+    return files[0]
 
 
 def name_below(folder: Path, fname: str) -> str:
-    """Return a clip's name as a normal path below a folder. Raises BadClip: it is none."""
+    """Return a clip's name as a normal path below a folder. Raises BadClip: it lies elsewhere."""
     if not fname.strip() or "\0" in fname:
         raise BadClip("the name is empty, or holds a NUL character")
     for root in (os.path.abspath(folder), os.path.realpath(folder)):
@@ -686,7 +660,7 @@ def name_below(folder: Path, fname: str) -> str:
 
 
 def reason_or_raise(error: OSError, path: Path) -> str:
-    """Say what is wrong with a file. Raises an OSError with its path: the machine is at fault."""
+    """Return what is wrong with a file. Raises OSError, with its path: the machine is at fault."""
     if error.errno not in CLIP_ERRNOS:
         raise OSError(error.errno, error.strerror or str(error), error.filename or str(path))
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
@@ -695,11 +669,7 @@ def reason_or_raise(error: OSError, path: Path) -> str:
 
 
 def file_stamp(path: Path) -> Stamp:
-    """Return a file's stamp. Raises BadClip: it is no file, or cannot be reached.
-
-    ctime, because `rsync -t`, `cp -p` and unzip set the mtime. The inode, because Linux gives equal
-    times to files that are written within 4 ms.
-    """
+    """Return a file's stamp. Raises BadClip: it is not a file, or cannot be reached."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -711,7 +681,7 @@ def file_stamp(path: Path) -> Stamp:
 
 
 def read_lines(csv_path: Path) -> list[str]:
-    """Read the lines of a text in UTF-8. Raises UserError: it is another kind of file."""
+    """Read the lines of a text file in UTF-8. Raises UserError: it is another kind of file."""
     try:
         data = csv_path.read_bytes()
         start = data[:1000].lstrip(codecs.BOM_UTF8 + b"\r\n ")
@@ -720,11 +690,10 @@ def read_lines(csv_path: Path) -> list[str]:
                 raise UserError(f"{csv_path} is {kind}: save it as a CSV file in UTF-8")
         if b"\0" in start[:2]:
             raise UserError(f"{csv_path} is in UTF-16, or not text: save it as a CSV file in UTF-8")
-        # Excel and PowerShell may each have put a byte-order mark before their text.
+        # Remove byte-order marks: Excel and PowerShell may each add one, before or after "sep=;".
         text = re.sub(r"\A\ufeff*(sep=.\r?\n)?\ufeff*", r"\1", data.decode())
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        where = f"{csv_path}, line {line}"
+        where = f"{csv_path}, line {1 + data[: error.start].count(10)}"  # 10 is "\n"
         raise UserError(f"{where}: not UTF-8. Save it as a CSV file in UTF-8") from error
     except OSError as error:
         raise UserError(f"{csv_path}: {error.strerror}") from error
@@ -732,36 +701,29 @@ def read_lines(csv_path: Path) -> list[str]:
 
 
 def find_header(lines: list[str], settings: Settings) -> tuple[int, str]:
-    """Return the number of the header's line, and the separator of its cells.
-
-    Blank lines, comments and Excel's "sep=;" may come before it. It is a comment itself if only a
-    comment has a column of names. Its most frequent separator counts if there is no such column.
-    """
-    wanted = set(NAME_COLUMNS)
+    """Return the index of the header's line, and its separator."""
+    wanted = set(USUAL_COLUMNS["fname_column"])
     if settings.fname_column:
         wanted = {settings.fname_column.lower()}
-    commented = None
-    for number, line in enumerate(lines):
-        fits = []
+    found = None  # the last line with a column of names, which may be a comment
+    for index, line in enumerate(lines):
         for separator in SEPARATORS:
             cells = {cell.strip('# "\r\n').lower() for cell in line.split(separator)}
             if cells & wanted:
-                fits.append(separator)
-        if line.startswith("#"):
-            commented = (number, fits[0]) if fits else commented
-        elif fits:
-            return number, fits[0]
-        elif line.strip() and not line.startswith("sep="):
-            return commented or (number, max(SEPARATORS, key=line.count))
-    return commented or (0, ",")
+                found = index, separator
+                break
+        if line.strip() and not line.startswith(("#", "sep=")):  # Excel writes "sep=;"
+            return found or (index, max(SEPARATORS, key=line.count))
+    return found or (0, ",")
 
 
 def parse_rows(lines: list[str], separator: str, **options: object) -> list[tuple[int, list[str]]]:
     """Return the rows of a table, each with the line in which it begins. Raises csv.Error."""
     csv.field_size_limit(2**31 - 1)
-    # A space before a quote would make the quote a part of the cell. The csv module would skip all
-    # spaces, but names of files may begin with one.
-    lines = [re.sub(re.escape(separator) + ' +"(?!")', separator + '"', line) for line in lines]
+    # Remove spaces before a quote, which would make it a part of the cell. csv's skipinitialspace
+    # would remove all spaces, but names of files may begin with one.
+    spaces = re.compile(re.escape(separator) + ' +"(?!")')
+    lines = [spaces.sub(separator + '"', line) for line in lines]
     reader = csv.reader(lines, delimiter=separator, strict=True, **options)
     rows = []
     line = 1
@@ -777,36 +739,35 @@ def parse_rows(lines: list[str], separator: str, **options: object) -> list[tupl
 
 
 def parse_tabs(lines: list[str]) -> list[tuple[int, list[str]]]:
-    """Parse a table with tabs: Excel and R quote cells where needed, most other programs do not.
-
-    Where a quote is only a character, looking for quoted cells fails, or joins lines that are
-    regular rows by themselves.
-    """
+    """Parse a table with tabs. Excel and R quote cells in it; for others a quote is a character."""
     unquoted = parse_rows(lines, "\t", quoting=csv.QUOTE_NONE)
     try:
         quoted = parse_rows(lines, "\t")
     except csv.Error:
         return unquoted
     lengths = {len(cells) for _, cells in unquoted}
-    return unquoted if len(quoted) < len(unquoted) and len(lengths) == 1 else quoted
+    if len(quoted) < len(unquoted) and len(lengths) == 1:  # quotes would join regular rows
+        return unquoted
+    return quoted
 
 
 def read_table(csv_path: Path, settings: Settings) -> tuple[list[str], list[dict[str, str]]]:
-    """Read the header of a table and its rows, by column. Raises UserError: it cannot be read."""
+    """Read a table: the names of its columns, and its rows by column. Raises UserError."""
     lines = read_lines(csv_path)
-    above, separator = find_header(lines, settings)
-    lines[:above] = ["\n"] * above  # still there for the numbers of lines in messages
+    index, separator = find_header(lines, settings)
+    lines[:index] = ["\n"] * index  # blank lines keep the line numbers in messages right
     try:
         rows = parse_tabs(lines) if separator == "\t" else parse_rows(lines, separator)
     except csv.Error as error:
         raise UserError(f"{csv_path}, {error}") from error
     if len(rows) < 2:
         raise UserError(f"{csv_path} lists no clips: it needs a header and rows")
-    (_, cells), *rows = rows
-    header = [cell.strip() for cell in cells]
+    _, names = rows.pop(0)
+    header = [name.strip() for name in names]
+    # R's row names are numbers in a first column that the header does not have.
     is_numbered = all(len(cells) == len(header) + 1 and cells[0].isdecimal() for _, cells in rows)
     if is_numbered and any(cells[-1].strip() for _, cells in rows):
-        header.insert(0, "")  # R's row names are a column without a name
+        header.insert(0, "")
     found = []
     for line, cells in rows:
         if any(cell.strip() for cell in cells[len(header) :]):
@@ -820,57 +781,50 @@ def read_table(csv_path: Path, settings: Settings) -> tuple[list[str], list[dict
     return header, found
 
 
-def find_column(header: list[str], chosen: str | None, usual: Sequence[str]) -> str | None:
-    """Return the column that a flag has chosen, or one of a usual name; None if there is none."""
-    by_name = {name.lower().lstrip("# "): name for name in reversed(header)}
-    for name in [chosen] if chosen else usual:
+def find_column(csv_path: Path, header: list[str], settings: Settings, flag: str) -> str | None:
+    """Return the column that a flag chooses, or one of a usual name. Raises UserError."""
+    chosen = getattr(settings, flag)
+    wanted = [chosen] if chosen else USUAL_COLUMNS[flag]
+    columns = {name.lower().lstrip("# "): name for name in reversed(header)}
+    for name in wanted:
         if name in header:
             return name
-        if name.lower() in by_name:
-            return by_name[name.lower()]
-    return None
-
-
-def find_columns(csv_path: Path, header: list[str], settings: Settings) -> tuple[str, str | None]:
-    """Return the columns of names and of labels, if any. Raises UserError: one is missing."""
-    name_column = find_column(header, settings.fname_column, NAME_COLUMNS)
-    label_column = find_column(header, settings.label_column, LABEL_COLUMNS)
-    there = ", ".join(header[:20])
-    if name_column is None:
-        names = settings.fname_column or " or ".join(NAME_COLUMNS)
-        hint = "--fname_column names the column of the files"
-        raise UserError(f"{csv_path} has no column {names}, only {there}. {hint}.")
-    if settings.label_column and label_column is None:
-        raise UserError(f"{csv_path} has no column {settings.label_column}, only {there}")
-    return name_column, label_column
+        if name.lower() in columns:
+            return columns[name.lower()]
+    if chosen or flag == "fname_column":
+        present = ", ".join(header[:20])
+        missing = " or ".join(wanted)
+        hint = f"--{flag} names the column to use"
+        raise UserError(f"{csv_path} has no column {missing}, only {present}. {hint}.")
+    return None  # a table needs no labels
 
 
 def read_clips(csv_path: Path, settings: Settings) -> list[Clip]:
-    """Read the clips that a table lists, with the further columns of --metadata.
-
-    Columns without a name are skipped. Repeated rows count once. Raises UserError.
-    """
+    """Read the clips of a table, with the further columns of --metadata. Raises UserError."""
     header, rows = read_table(csv_path, settings)
-    name_column, label_column = find_columns(csv_path, header, settings)
-    extra = []
+    used = [find_column(csv_path, header, settings, flag) for flag in USUAL_COLUMNS]
+    name_column, label_column = used
+    further = []
     if settings.metadata:
-        extra = [name for name in header if name and name not in (name_column, label_column)]
-    ours = {*COLUMNS, *CHUNK_COLUMNS, "tokens"}
-    clashes = [name for name in extra if name in ours or re.fullmatch(r"token_\d+", name)]
-    twice = {name for name in [name_column, label_column, *extra] if header.count(name) > 1}
-    if clashes or twice:
-        names = ", ".join(sorted({*clashes, *twice}))
+        further = [name for name in header if name and name not in used]
+    ambiguous = {name for name in [*used, *further] if header.count(name) > 1}
+    for name in further:
+        if name in (*COLUMNS, *CHUNK_COLUMNS, "tokens") or re.fullmatch(r"token_\d+", name):
+            ambiguous.add(name)
+    if ambiguous:
+        names = ", ".join(sorted(ambiguous))
         raise UserError(f"{csv_path}: rename the columns {names}: twice there, or the output's own")
-    clips, spanning = {}, []
+    clips = {}  # repeated rows count once
+    joined = []  # names of clips whose row has several lines
     for row in rows:
         labels = row.get(label_column, "").strip()
-        further = {name: row.get(name, "").strip() for name in extra}
-        clip = Clip(row.get(name_column, ""), labels, further)
-        clips.setdefault((clip.fname, labels, *further.values()), clip)
+        extra = {name: row.get(name, "").strip() for name in further}
+        clip = Clip(row.get(name_column, ""), labels, extra)
+        clips.setdefault((clip.fname, labels, *extra.values()), clip)
         if any("\n" in cell for cell in row.values()):
-            spanning.append(clip.fname)
-    if spanning:
-        what = f"{counted(len(spanning), 'row')} of several lines (the first: {spanning[0]})"
+            joined.append(clip.fname)
+    if joined:
+        what = f"{counted(len(joined), 'row')} of several lines (the first: {joined[0]})"
         say(f"note: {csv_path} has {what}. If that is wrong, a quote is missing or one too many.")
     repeated = len(rows) - len(clips)
     if repeated:
@@ -880,11 +834,12 @@ def read_clips(csv_path: Path, settings: Settings) -> list[Clip]:
 
 # -------------------------------------------------------------------------------------------- clips
 
-EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "AIFF", "AU")  # these give all that they promise
+EXACT_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "AIFF", "AU")  # their headers state the length
+UNKNOWN_FORMAT = (1, 4, 7)  # libsndfile's errors: format, encoding, a file that is MP3 by name only
 RATES = (100, 1_000_000)  # Hz
-UNKNOWN_LENGTH = 2**40  # samples; a FLAC stream may say 2^48, an MP3 stream 2^63
-PIPED = 2**31 - 2**24  # bytes; programs that write to a pipe give sizes from here on
-LOUDEST = 100.0  # of samples that may be audio between -1 and 1
+UNKNOWN_LENGTH = 2**40  # samples; a FLAC stream declares up to 2^48, an MP3 stream 2^63
+PIPED = 2**31 - 2**24  # bytes; programs that write to a pipe declare at least as many
+LOUDEST = 100.0  # absolute sample value; some recordings exceed 1 a little
 
 
 class SoundFile(sf.SoundFile):
@@ -896,12 +851,8 @@ class SoundFile(sf.SoundFile):
 
 
 def read_audio(path: Path, channels: int, settings: Settings) -> tuple[torch.Tensor, int, str]:
-    """Read a sound file: samples [channels, T] in float32, its sample rate in Hz, and its SHA-256.
-
-    libsndfile decodes it, or torchaudio.load if libsndfile does not know the format.
-    Raises BadClip: the file is at fault. OSError, MemoryError: the machine is at fault.
-    """
-    with path.open("rb") as file:  # raises what libsndfile would hide
+    """Read a sound file: samples [channels, T], rate in Hz, and SHA-256. Raises BadClip."""
+    with path.open("rb") as file:  # raises errors that libsndfile would hide
         head = file.read(4096)
     if not head:
         raise BadClip("empty file (0 bytes)")
@@ -915,7 +866,8 @@ def read_audio(path: Path, channels: int, settings: Settings) -> tuple[torch.Ten
             return read_samples(audio, channels, settings), audio.samplerate, digest
     except sf.LibsndfileError as error:
         digest = sha256_of(path)
-        samples, rate = read_with_torchaudio(path, error, head)
+        check_failure(error, path, head)
+        samples, rate = read_with_torchaudio(path, error)
         check_duration(samples.shape[1] / rate, settings)
         return mix_channels(check_samples(samples), channels), rate, digest
 
@@ -928,46 +880,43 @@ def check_duration(duration_s: float, settings: Settings) -> None:
 
 
 def check_header(audio: SoundFile, settings: Settings) -> None:
-    """Raise BadClip if an open file is no sound, or its header cannot be right."""
-    if audio.format == "RAW":  # by its ending alone, libsndfile takes any bytes for samples
+    """Raise BadClip if an open file is not a sound, or its header is wrong."""
+    if audio.format == "RAW":  # the name has an ending for which libsndfile expects no header
         raise BadClip("no header that says how to read the file: it may hold text")
-    if audio.format in NOT_SOUND:
+    if audio.format in ("MAT4", "MAT5"):
         raise BadClip("a MATLAB matrix, not a sound file: save sound as WAV")
     if not RATES[0] <= audio.samplerate <= RATES[1]:
         raise BadClip(f"its header is damaged: a sample rate of {audio.samplerate} Hz")
     if audio.frames < UNKNOWN_LENGTH:
         check_duration(audio.frames / audio.samplerate, settings)
-    # libsndfile reduces the size of WAV (data), AIFF (SSND) and AU to what is there, and says so in
-    # its log alone. Of RF64 it logs the numbers of samples.
-    sizes = r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)"
-    samples = r"frame count (\d+) does not match value from 'ds64' chunk of (\d+)"
-    for there, promised in re.findall(samples, audio.extra_info):
-        if int(there) < int(promised):
-            raise BadClip(f"truncated: {int(there):,} of {int(promised):,} samples are there")
-    for promised, there in re.findall(sizes, audio.extra_info, re.MULTILINE):
-        if int(there) < int(promised) < PIPED:
-            raise BadClip(
-                f"truncated, or its header is wrong: {int(there):,} of the {int(promised):,} bytes "
-                "of audio that it promises are there"
-            )
+    # For a truncated file libsndfile corrects the header, and only its log has both numbers.
+    rf64 = r"frame count (\d+) does not match value from 'ds64' chunk of (\d+)"
+    for there, declared in re.findall(rf64, audio.extra_info):
+        if int(there) < int(declared):
+            raise BadClip(f"truncated: {int(there):,} of {int(declared):,} samples are there")
+    wav_aiff_au = r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)"
+    for declared, there in re.findall(wav_aiff_au, audio.extra_info, re.MULTILINE):
+        if int(there) < int(declared) < PIPED:
+            sizes = f"{int(there):,} of the {int(declared):,} bytes of audio that it promises"
+            raise BadClip(f"truncated, or its header is wrong: {sizes} are there")
 
 
 def read_samples(audio: SoundFile, channels: int, settings: Settings) -> torch.Tensor:
-    """Read as many samples as the header declares, no more: [channels, T].
-
-    It reads in pieces, so that no wrong header reserves memory.
-    """
-    most = audio.frames
-    size = re.search(r"(?s)Block Align +: (\d+)\n.*\ndata : (\d+)", audio.extra_info)
-    if size and audio.format == "W64" and audio.subtype.startswith(("PCM", "FLOAT", "DOUBLE")):
-        most = min(most, (int(size[2]) - 24) // int(size[1]))  # libsndfile reads to the file's end
-    if most >= UNKNOWN_LENGTH:
-        most = int(settings.max_duration * audio.samplerate) + 1  # enough to be too long
+    """Read as many samples as the header declares, no more: [channels, T]."""
+    declared = audio.frames
+    if audio.format == "W64" and audio.subtype.startswith(("PCM", "FLOAT", "DOUBLE")):
+        # libsndfile takes all that follows in the file for samples, but logs the right size.
+        size = re.search(r"(?s)Block Align +: (\d+)\n.*\ndata : (\d+)", audio.extra_info)
+        if size:
+            declared = min(declared, (int(size[2]) - 24) // int(size[1]))
+    if declared >= UNKNOWN_LENGTH:
+        declared = int(settings.max_duration * audio.samplerate) + 1  # enough to be too long
     if audio.seekable():
-        audio.seek(0)  # as soundfile.read: an Opus stream then skips its first samples, as it must
-    pieces, length = [], 0
-    while length < most:
-        frames = min(2**25 // audio.channels, most - length)
+        audio.seek(0)  # as in soundfile.read: without it, Opus does not skip its first samples
+    pieces = []
+    length = 0
+    while length < declared:  # in pieces, so that a wrong header does not reserve memory
+        frames = min(2**25 // audio.channels, declared - length)
         # Zeros, because a decoder may leave memory unwritten where a file is damaged.
         piece = audio.read(out=np.zeros((frames, audio.channels), dtype=np.float32))
         if not len(piece):
@@ -977,24 +926,22 @@ def read_samples(audio: SoundFile, channels: int, settings: Settings) -> torch.T
     if length == 0:
         raise BadClip("no samples: its header says 0 bytes of audio, or none follow it")
     check_duration(length / audio.samplerate, settings)
-    exact = audio.format in EXACT_FORMATS and not audio.subtype.startswith("MPEG")
-    if exact and length < audio.frames < UNKNOWN_LENGTH:
-        raise BadClip(f"truncated or damaged: {length:,} of {most:,} samples could be read")
+    is_exact = audio.format in EXACT_FORMATS and not audio.subtype.startswith("MPEG")
+    if is_exact and length < audio.frames < UNKNOWN_LENGTH:
+        raise BadClip(f"truncated or damaged: {length:,} of {declared:,} samples could be read")
     return torch.cat(pieces, dim=1)
 
 
 def check_samples(samples: torch.Tensor) -> torch.Tensor:
-    """Return samples [C, T]. Raises BadClip: there are none, or they are no audio in -1 to 1."""
+    """Return samples [C, T]. Raises BadClip: there are none, or they are not within -1 to 1."""
     if not samples.numel():
         raise BadClip("no samples")
     peak = max(abs(samples.min().item()), abs(samples.max().item()))
     if not math.isfinite(peak):
         raise BadClip("NaN or infinite samples")
     if peak > LOUDEST:
-        raise BadClip(
-            f"samples up to {peak:g}, but audio lies between -1 and 1: divide them by the full "
-            "scale (32768 for 16 bits), or save the file as 16-bit PCM"
-        )
+        way_out = "divide them by the full scale (32768 for 16 bits), or save 16-bit PCM"
+        raise BadClip(f"samples up to {peak:g}, but audio lies between -1 and 1: {way_out}")
     return samples
 
 
@@ -1005,37 +952,33 @@ def mix_channels(samples: torch.Tensor, channels: int) -> torch.Tensor:
     return samples.mean(dim=0, keepdim=True).repeat(channels, 1)
 
 
-def read_with_torchaudio(
-    path: Path, failure: sf.LibsndfileError, head: bytes
-) -> tuple[torch.Tensor, int]:
-    """Read a file that begins with `head` by torchaudio, if libsndfile does not know its format.
-
-    torchaudio needs TorchCodec and FFmpeg since 2.9. FFmpeg plays what is left of a damaged file.
-    Returns samples [C, T], and the rate in Hz. For errors see read_audio.
-    """
+def check_failure(failure: sf.LibsndfileError, path: Path, head: bytes) -> None:
+    """Raise the reason why libsndfile failed, unless it only does not know the format."""
     words = failure.error_string.strip()
     if failure.code == 17:  # libsndfile's malloc failed
-        raise MemoryError(words) from failure
+        raise MemoryError(words)
     if failure.code == 2:  # a system call failed, although the file can be read
-        raise OSError(errno.EIO, words, str(path)) from failure
+        raise OSError(errno.EIO, words, str(path))
     is_utf_16 = head.startswith((b"\xff\xfe", b"\xfe\xff"))
     has_controls = re.search(rb"[\0-\x08\x0e-\x1a\x1c-\x1f\x7f]", head)
     if is_utf_16 or (len(set(head)) > 1 and not has_controls):
-        raise BadClip("not audio: the file holds text") from failure
-    if re.match(rb"ID3|APETAGEX|TAG", head):  # FFmpeg would play what is left of it
-        raise BadClip("no audio behind the file's tag could be decoded") from failure
+        raise BadClip("not audio: the file holds text")
+    if re.match(rb"ID3|APETAGEX|TAG", head):
+        raise BadClip("no audio behind the file's tag could be decoded")
     if failure.code == 24:  # "SF_INFO struct incomplete"
-        raise BadClip(
-            "its header is damaged: a sample rate or a number of channels of 0"
-        ) from failure
-    if failure.code not in (1, 4, 7):  # the format or the encoding; 7: it is named MP3, and is none
-        raise BadClip(f"damaged, or not a sound file (libsndfile: {words})") from failure
+        raise BadClip("its header is damaged: a sample rate or a number of channels of 0")
+    if failure.code not in UNKNOWN_FORMAT:  # FFmpeg would play what is left of a damaged file
+        raise BadClip(f"damaged, or not a sound file (libsndfile: {words})")
+
+
+def read_with_torchaudio(path: Path, failure: sf.LibsndfileError) -> tuple[torch.Tensor, int]:
+    """Read a file of a format that libsndfile does not know: samples [C, T], and the rate in Hz."""
     try:
-        return torchaudio.load(path)
-    except Exception as error:  # any decoder's, or TorchCodec's absence
+        return torchaudio.load(path)  # needs TorchCodec and FFmpeg
+    except Exception as error:  # of any kind, by decoder
         if is_out_of_memory(error) or getattr(error, "errno", None) not in {None, *CLIP_ERRNOS}:
             raise
-        words = "it is no MP3." if failure.code == 7 else words
+        words = "it is no MP3." if failure.code == 7 else failure.error_string
         reasons = " ".join(f"soundfile: {words} torchaudio: {error}".split())
         raise BadClip(f"not audio that can be read ({reasons})") from error
 
@@ -1048,18 +991,17 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-RESAMPLERS = threading.Lock()
+RESAMPLER_LOCK = threading.Lock()  # so that each resampler is made once, and its note printed once
 
 
 @lru_cache(maxsize=8)
 def make_resampler(rate: int, model_rate: int) -> torchaudio.transforms.Resample:
-    """Make torchaudio's resampler, with its defaults, as in EnCodec's convert_audio.
-
-    Its kernel has as many entries as the product of the reduced rates: 4 GB for 44,101 Hz. Ratios
-    of more than 2^25 entries are met by the nearest one of fewer.
-    """
+    """Make torchaudio's resampler, with its defaults, as in EnCodec's convert_audio."""
+    # Its kernel has numerator x denominator entries, which take 4 GB for 44,101 Hz. If there would
+    # be more than 2^25, the nearest ratio of fewer has to do.
     ratio = Fraction(rate, model_rate)
-    nearest = ratio.limit_denominator(max(1, int(math.sqrt(2**25 / ratio))))
+    largest_denominator = max(1, int(math.sqrt(2**25 / ratio)))
+    nearest = ratio.limit_denominator(largest_denominator)
     if nearest != ratio:
         say(f"note: the sample rate {rate} Hz is met to within 0.01 %: an exact filter is too big")
     return torchaudio.transforms.Resample(nearest.numerator, nearest.denominator)
@@ -1067,7 +1009,7 @@ def make_resampler(rate: int, model_rate: int) -> torchaudio.transforms.Resample
 
 def resample(samples: torch.Tensor, rate: int, settings: Settings) -> torch.Tensor:
     """Resample [C, T] from `rate` in Hz to the model's rate."""
-    with RESAMPLERS:  # a kernel is made once, and its note printed once
+    with RESAMPLER_LOCK:
         resampler = make_resampler(rate, MODELS[settings.model].sample_rate)
     return resampler(samples)
 
@@ -1076,20 +1018,17 @@ def resample(samples: torch.Tensor, rate: int, settings: Settings) -> torch.Tens
 
 
 def split_chunks(audio: torch.Tensor, settings: Settings) -> tuple[list[int], list[torch.Tensor]]:
-    """Cut audio [C, T] into chunks [C, chunk], and say at which samples they start.
-
-    Audio of at most one chunk is zero-padded at its end. Longer audio is cut every hop, and the
-    last chunk is aligned to its end: it is not padded, and every sample is in a chunk. A whole clip
-    is one chunk, as long as it is.
-    """
+    """Cut audio [C, T] into chunks [C, chunk]. Returns where they start, in samples, and them."""
     if settings.whole:
         return [0], [audio]
-    length, rate = audio.shape[1], MODELS[settings.model].sample_rate
-    chunk = round(settings.target_duration * rate)
-    starts = list(range(0, max(1, length - chunk + 1), round(chunk * (1 - settings.overlap))))
-    if starts[-1] + chunk < length:
-        starts.append(length - chunk)
-    audio = F.pad(audio, (0, max(0, chunk - length)))
+    chunk = round(settings.target_duration * MODELS[settings.model].sample_rate)
+    hop = round(chunk * (1 - settings.overlap))
+    padding = max(0, chunk - audio.shape[1])
+    audio = F.pad(audio, (0, padding))
+    last = audio.shape[1] - chunk
+    starts = list(range(0, last + 1, hop))
+    if starts[-1] < last:  # align one more chunk to the end, so that every sample is in a chunk
+        starts.append(last)
     return starts, [audio[:, start : start + chunk] for start in starts]
 
 
@@ -1097,51 +1036,43 @@ def split_chunks(audio: torch.Tensor, settings: Settings) -> tuple[list[int], li
 
 
 def find_weights(settings: Settings) -> Path | None:
-    """Find the file to load, and download it if need be; None for untrained weights.
-
-    `pretrained` is Meta's file in torch hub's cache, where EncodecModel's own loader keeps it too.
-    The names of Meta's files end in the first 8 hex digits of their SHA-256.
-
-    Raises UserError: there is no such file, the download fails, or the SHA-256 is another one.
-    """
-    spec, path = MODELS[settings.model], Path(settings.weights)
+    """Find the file to load, or download it; None for untrained weights. Raises UserError."""
     if settings.weights == "untrained":
         return None
+    path = Path(settings.weights)
     if settings.weights == "pretrained":
-        path = Path(torch.hub.get_dir(), "checkpoints", spec.checkpoint)
+        # EncodecModel's own loader caches the file here, too.
+        path = Path(torch.hub.get_dir(), "checkpoints", MODELS[settings.model].checkpoint)
         if not path.exists() and not download(path):
             if settings.dataset == "sample" and not settings.audio_dir:
                 return None
             raise UserError(
-                f"the pretrained weights could not be downloaded from {ROOT_URL}{path.name}\n"
-                f"Download that file elsewhere and copy it to {path},\n"
-                "or name it with --weights FILE. To test a run without them: --weights untrained"
+                f"download {ROOT_URL}{path.name} elsewhere and copy it to {path},\n"
+                "or name it with --weights FILE. To test a run without it: --weights untrained"
             )
     elif path.is_dir():
         path /= "model.safetensors"
     if not path.is_file():
         raise UserError(f"--weights {path}: no such file (nor is it pretrained or untrained)")
-    metas = [spec.checkpoint for spec in MODELS.values()]
-    if path.name in metas and not sha256_of(path).startswith(path.stem[-8:]):
-        raise UserError(
-            f"{path} is damaged: its SHA-256 does not begin with the 8 digits that end its name. "
-            "Delete it, and run again or download it elsewhere."
-        )
+    checkpoints = [spec.checkpoint for spec in MODELS.values()]
+    if path.name in checkpoints and not sha256_of(path).startswith(path.stem[-8:]):
+        reason = f"its SHA-256 does not begin with {path.stem[-8:]}"
+        raise UserError(f"{path} is damaged: {reason}. Delete it, and download it again.")
     return path
 
 
 def download(path: Path) -> bool:
     """Download one of Meta's checkpoints to `path`. Says why, and returns False, if that fails."""
+    url = ROOT_URL + path.name
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # a cluster's firewall may swallow the request
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        url, checksum = ROOT_URL + path.name, path.stem[-8:]
         # It writes to a temporary name and renames, so several processes may download at once.
-        torch.hub.download_url_to_file(url, str(path), checksum, progress=LOCAL_RANK == 0)
+        torch.hub.download_url_to_file(url, str(path), path.stem[-8:], progress=LOCAL_RANK == 0)
         return True
     except (OSError, RuntimeError, ValueError, HTTPException) as error:
-        say(f"{ROOT_URL}{path.name} could not be downloaded: {getattr(error, 'reason', error)}")
+        say(f"{url} could not be downloaded: {getattr(error, 'reason', error)}")
         return False
     finally:
         socket.setdefaulttimeout(previous_timeout)
@@ -1171,73 +1102,67 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     return state if isinstance(state, dict) else {}
 
 
-def transformers_names(name: str) -> list[str]:
-    """The names that transformers gives a tensor of EnCodec's: weight norm has old and new ones."""
-    for meta, theirs in (
-        (r"^(encoder|decoder)\.model", r"\1.layers"),
-        (r"\.(conv|convtr)\.\1\.", ".conv."),
-        (r"\.(conv|convtr)\.norm\.", ".norm."),
-        (r"^quantizer\.vq\.layers\.(\d+)\._codebook", r"quantizer.layers.\1.codebook"),
-    ):
-        name = re.sub(meta, theirs, name)
-    newer = name.replace("weight_g", "parametrizations.weight.original0")
-    return [name, newer.replace("weight_v", "parametrizations.weight.original1")]
-
-
 def with_encodec_names(state: dict, model: EncodecModel) -> dict[str, torch.Tensor] | None:
-    """Rename `state` to EnCodec's own names; None if it belongs to another model."""
-    named = {}
+    """Rename the tensors of `state` as EncodecModel does; None if it belongs to another model."""
+    renamed = {}
     for name, wanted in model.state_dict().items():
-        for key in (name, *transformers_names(name)):
-            if getattr(state.get(key), "shape", None) == wanted.shape:
-                named[name] = state[key]
-    return named if len(named) == len(state) == len(model.state_dict()) else None
+        old = name  # in transformers, by the patterns of its convert_encodec_checkpoint_to_pytorch
+        for pattern, theirs in (
+            (r"^(encoder|decoder)\.model", r"\1.layers"),
+            (r"\.(conv|convtr)\.\1\.", ".conv."),
+            (r"\.(conv|convtr)\.norm\.", ".norm."),
+            (r"^quantizer\.vq\.layers\.(\d+)\._codebook", r"quantizer.layers.\1.codebook"),
+        ):
+            old = re.sub(pattern, theirs, old)
+        new = re.sub("weight_g$", "parametrizations.weight.original0", old)
+        new = re.sub("weight_v$", "parametrizations.weight.original1", new)
+        for key in (name, old, new):
+            tensor = state.get(key)
+            if torch.is_tensor(tensor) and tensor.shape == wanted.shape:
+                renamed[name] = tensor
+    return renamed if len(renamed) == len(state) == len(model.state_dict()) else None
 
 
 def load_model(settings: Settings, path: Path | None) -> tuple[EncodecModel, str]:
-    """Load the weights of `path` (None: untrained ones) into EnCodec at the chosen bandwidth.
+    """Return the model with the weights of `path` (None: untrained ones), and their SHA-256.
 
-    Returns the model, and the SHA-256 of the tensors that decide the codes, which is the same for
-    every form of checkpoint. Raises UserError: another model's, NaN, or all-zero codebooks.
+    Raises UserError: the weights are another model's, or unusable.
     """
     if path is None:
         model = untrained_model(settings.model)
-    else:
-        model = build_model(settings.model)
-        state = read_state(path)
-        named = with_encodec_names(state, model)
-        if named is None:
-            others = [name for name in MODELS if with_encodec_names(state, build_model(name))]
-            hint = "of no EnCodec model"
-            if others:
-                hint = f"those of {others[0]}: add --model {others[0]}"
-            raise UserError(f"the weights in {path} are not {settings.model}'s; they are {hint}")
-        model.load_state_dict(named)
-    digest = hashlib.sha256()
+        model.set_target_bandwidth(settings.bandwidth)
+        return model, UNTRAINED
+    model = build_model(settings.model)
+    state = read_state(path)
+    renamed = with_encodec_names(state, model)
+    if renamed is None:
+        others = [name for name in MODELS if with_encodec_names(state, build_model(name))]
+        hint = "of no EnCodec model"
+        if others:
+            hint = f"those of {others[0]}: add --model {others[0]}"
+        raise UserError(f"the weights in {path} are not {settings.model}'s; they are {hint}")
+    model.load_state_dict(renamed)
+    model.set_target_bandwidth(settings.bandwidth)
+    digest = hashlib.sha256()  # of the tensors that decide codes, whatever the form of the file
     for name, tensor in sorted(model.state_dict().items()):
         if name.startswith("encoder.") or name.endswith("_codebook.embed"):
             if not tensor.isfinite().all() or (name.endswith(".embed") and not tensor.any()):
                 raise UserError(f"the weights in {path} are unusable: {name} has NaN or is all 0")
             digest.update(name.encode() + tensor.numpy().tobytes())
-    model.set_target_bandwidth(settings.bandwidth)
-    return model, UNTRAINED if path is None else digest.hexdigest()
+    return model, digest.hexdigest()
 
 
 @torch.no_grad()
 def untrained_model(name: str) -> EncodecModel:
-    """Build a model with seeded random weights, to test runs: its tokens have no meaning.
-
-    A fresh EnCodec's codebooks are all zero, and so would be its tokens. Here each codebook is
-    drawn around the residuals that the codebooks before it leave of some noise.
-    """
+    """Build a model with seeded random weights, to test runs: its tokens have no meaning."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_model(name)
         noise = torch.randn(1, model.channels, 4 * model.sample_rate)
         noise *= torch.linspace(-8, 0, noise.shape[-1]).exp()  # from near silence to full scale
         residual = model.encoder(noise)[0].T  # [F, D]
-        for layer in model.quantizer.vq.layers:
-            layer.codebook.copy_(residual.mean(0) + residual.std(0) * torch.randn(1024, 128))
+        for layer in model.quantizer.vq.layers:  # fill the codebooks, which are all zero
+            layer.codebook.copy_(residual.mean(0) + residual.std(0) * torch.randn(NUM_CODES, 128))
             residual = residual - layer.codebook[layer.encode(residual.T[None])[0]]
     return model
 
@@ -1279,7 +1204,7 @@ def one_core_pool(threads: int, process: int) -> ThreadPoolExecutor:
 
     `process` is os.getpid(): a forked process has none of its parent's threads.
     """
-    return ThreadPoolExecutor(threads)
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def batched(items: list, size: int, key: Callable) -> Iterator[list]:
@@ -1306,7 +1231,7 @@ class Encoder:
     not depend on what they are encoded with.
 
     The subclasses say how pieces are convolved. An encoder can be pickled; one for a CPU can be
-    used in forked processes.
+    used by the forked workers of a DataLoader.
     """
 
     threads: int
@@ -1346,20 +1271,17 @@ class Encoder:
                 segments.append((number, chunk[:, start : start + length]))
         segments.sort(key=lambda segment: -segment[1].shape[1])  # those of a chunk stay in order
         size = self.settings.batch_size
-        batches = list(batched(segments, size, key=self.batch_key))
-        # Nothing runs beside the LSTM of a lone batch. It sums in one order on any number of cores.
-        lstm_threads = min(4, self.threads) if len(batches) == 1 else 1
         pool = one_core_pool(self.threads, os.getpid())
         places = [[] for _ in chunks]  # of a chunk's segments: a batch's Future, and the row in it
         waiting = deque()
 
         def queue_oldest_batch() -> None:
             numbers, started = waiting.popleft()
-            future = pool.submit(self.task, self.quantize_batch, started, lstm_threads)
+            future = pool.submit(self.task, self.quantize_batch, started)
             for row, number in enumerate(numbers):
                 places[number].append((future, row))
 
-        for batch in batches:
+        for batch in batched(segments, size, key=self.batch_key):
             numbers, audio = zip(*batch)
             waiting.append((numbers, self.start_convolving(pool, audio)))
             if len(waiting) > max(1, 4 // size):
@@ -1375,11 +1297,10 @@ class Encoder:
         """Segments with the same key can share a batch: here those of one length."""
         return segment[1].shape[1]
 
-    def task(self, function: Callable, argument: object, threads: int = 1) -> object:
+    def task(self, function: Callable, argument: object) -> object:
         """Call a function in the pool."""
         if self.stopped:
             raise RunError("the encoder was stopped")
-        torch.set_num_threads(threads)
         with torch.inference_mode():
             return function(argument)
 
