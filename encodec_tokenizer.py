@@ -1241,19 +1241,21 @@ def untrained_model(name: str) -> EncodecModel:
 
 # -------------------------------------------------------------------------------------------- codes
 
-# A frame of the causal model depends on the 478 samples before it (each convolution's left padding
-# times the strides before it, added up). So a piece of audio that begins two frames early needs
-# nothing of the piece before it.
+# The 24 kHz model is causal: a frame depends on 478 samples before it (the left padding of each
+# convolution times the strides before it, added up). So a piece of audio that begins two frames
+# early can be convolved without the piece before it.
 LEAD_FRAMES = 2
 PIECE_FRAMES = 75
+# The samples [C, T] of a part of a segment, and how many of its first frames are such a lead.
+Piece = tuple[torch.Tensor, int]
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def elu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """ELU as max(x, exp(min(x, 0)) - 1).
 
-    torch's own uses an expm1 that is several times slower for minutes at a time on some hosts. On
-    Linux with AVX-512, NumPy's expm1 is Intel's SVML, which is faster than torch's exp.
+    torch's own ELU uses an expm1 that is several times slower for minutes at a time on some hosts.
+    On Linux with AVX-512, NumPy's expm1 is Intel's SVML, which is faster than torch's exp.
     """
     out = torch.clamp(x, max=0, out=out)
     if AVX512 and sys.platform == "linux" and x.device.type == "cpu":
@@ -1264,7 +1266,7 @@ def elu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear; oneDNN computes it on CPUs with AVX-512, which MKL, the default, ignores on AMD."""
+    """F.linear, by oneDNN on CPUs with AVX-512: PyTorch's default, MKL, ignores it on AMD."""
     if AVX512 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -1272,26 +1274,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 @lru_cache
 def one_core_pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Return this process's threads that encode, one core each: no sum depends on their number.
+    """Return this process's pool of encoding threads, one for each core.
 
-    `process` is os.getpid(): a forked process has none of its parent's threads.
+    `process` is os.getpid(), because a forked process has none of its parent's threads.
     """
     return ThreadPoolExecutor(threads)
 
 
 def batched(items: list, size: int, key: Callable) -> Iterator[list]:
     """Yield consecutive items with the same key, at most `size` at a time."""
-    for _, same in groupby(items, key):
-        same = list(same)
-        for first in range(0, len(same), size):
-            yield same[first : first + size]
-
-
-class Piece(NamedTuple):
-    """A part of a segment, to be convolved by itself."""
-
-    samples: torch.Tensor  # [C, T]
-    lead: int  # of its frames: the first ones, which belong to the piece before it
+    for _, same_key in groupby(items, key):
+        while batch := list(islice(same_key, size)):
+            yield batch
 
 
 class Encoder:
@@ -1299,16 +1293,18 @@ class Encoder:
 
     A chunk is cut into the segments that EncodecModel encodes at a time, and a segment into pieces,
     which are convolved independently. Then a batch of segments goes through the LSTM, the last
-    convolution and the codebooks. It is filled up with zeros to one fixed shape, so that codes do
-    not depend on what they are encoded with.
+    convolution and the codebooks. The batch always has one shape, with zeros in free places, so
+    that codes do not depend on what they are encoded with.
 
-    The subclasses say how pieces are convolved. An encoder can be pickled; one for a CPU can be
-    used in forked processes.
+    Subclasses convolve the pieces: `start_convolving` takes the segments [C, T] of a batch, and
+    `convolved` turns what that returns into the LSTM's input [F, 512] of each segment.
+
+    An encoder can be pickled. One for a CPU can be used in forked processes.
     """
 
     threads: int
-    lstm_frames: int  # that go through the LSTM at a time
-    fixed_shapes: bool  # fill up the last of these, too, and quantize all rows of a batch
+    lstm_frames: int  # frames that go through the LSTM at a time
+    fixed_shapes: bool  # also fill up the last of these frames, and quantize a whole batch at once
 
     def __init__(self, model: EncodecModel, settings: Settings) -> None:
         for module in model.encoder.modules():
@@ -1316,26 +1312,28 @@ class Encoder:
                 torch.nn.utils.remove_weight_norm(module)
         self.model = model
         self.settings = settings
-        self.stopped = False  # True: whatever is still queued fails at once
+        self.stopped = False  # True: tasks that are still queued fail at once
         model.encoder.to(settings.device)
         model.quantizer.to(settings.device)
-        *convolutions, lstm, _, self.last_convolution = model.encoder.model
+        *convolutions, lstm, _, last_convolution = model.encoder.model
         self.convolutions = torch.nn.Sequential(*convolutions)
         self.lstm = lstm.lstm
+        self.last_convolution = last_convolution
+        self.causal = last_convolution.causal
+        if self.causal:  # pad_start does the padding
+            self.last_convolution = last_convolution.conv.conv
+        # The causal model does not see zeros behind a segment, so lengths can be mixed.
+        self.mixes_lengths = self.causal and self.fixed_shapes
         self.hop = int(model.encoder.hop_length)
-        self.causal = self.last_convolution.causal
         count = model.quantizer.get_num_quantizers_for_bandwidth(model.frame_rate, model.bandwidth)
-        books = [layer.codebook for layer in model.quantizer.vq.layers[:count]]  # [1024, D] each
-        self.codebooks = [(book, 2 * book, -book.pow(2).sum(1)) for book in books]
+        self.codebooks = []  # of each [1024, D]: itself, its double, and its negative square norms
+        for layer in model.quantizer.vq.layers[:count]:
+            book = layer.codebook
+            self.codebooks.append((book, 2 * book, -book.pow(2).sum(1)))
 
     def encode(self, chunks: list[torch.Tensor]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """Encode chunks [C, T]; yields the codes [K, F], uint16, and the latents [D, F] of each.
-
-        The pool is first in, first out, and a batch is queued after the pieces of the next one (of
-        more, if batches are smaller than 4). So it rarely waits for its own pieces, and its LSTM,
-        which is bound by memory, runs beside convolutions, which are bound by the cores.
-        """
-        segments = []
+        """Encode chunks [C, T]; yields the codes [K, F], uint16, and the latents [D, F] of each."""
+        segments = []  # the number of the chunk, and the samples
         for number, chunk in enumerate(chunks):
             # The 24 kHz model takes a chunk whole, the 48 kHz model 1 s at a time, overlapping.
             length = self.model.segment_length or chunk.shape[1]
@@ -1344,36 +1342,36 @@ class Encoder:
         segments.sort(key=lambda segment: -segment[1].shape[1])  # those of a chunk stay in order
         size = self.settings.batch_size
         batches = list(batched(segments, size, key=self.batch_key))
-        # Nothing runs beside the LSTM of a lone batch. It sums in one order on any number of cores.
-        lstm_threads = min(4, self.threads) if len(batches) == 1 else 1
+        lstm_threads = 1
+        if len(batches) == 1:  # the other cores are free; their number changes no sum of the LSTM
+            lstm_threads = min(4, self.threads)
+        # The pool is first in, first out. A batch goes in after the pieces of the next one (or of
+        # several small ones). So it rarely waits for its own pieces, and its LSTM, which is bound
+        # by memory, runs beside convolutions, which are bound by the cores.
         pool = one_core_pool(self.threads, os.getpid())
-        places = [[] for _ in chunks]  # of a chunk's segments: a batch's Future, and the row in it
+        delay = max(1, 4 // size)
         waiting = deque()
-
-        def queue_oldest_batch() -> None:
-            numbers, started = waiting.popleft()
-            future = pool.submit(self.task, self.quantize_batch, started, lstm_threads)
-            for row, number in enumerate(numbers):
-                places[number].append((future, row))
-
-        for batch in batches:
-            numbers, audio = zip(*batch)
-            waiting.append((numbers, self.start_convolving(pool, audio)))
-            if len(waiting) > max(1, 4 // size):
-                queue_oldest_batch()
-        while waiting:
-            queue_oldest_batch()
-        for of_chunk in places:
-            rows = [future.result()[row] for future, row in of_chunk]
-            codes, latents = zip(*rows)
+        places = [[] for _ in chunks]  # of each segment of a chunk: its batch's Future, and its row
+        for step in range(len(batches) + delay):
+            if step < len(batches):
+                audio = [segment for _, segment in batches[step]]
+                waiting.append(self.start_convolving(pool, audio))
+            if step >= delay:
+                oldest = waiting.popleft()
+                future = pool.submit(self.task, self.quantize_batch, oldest, lstm_threads)
+                for row, (number, _) in enumerate(batches[step - delay]):
+                    places[number].append((future, row))
+        for places_of_chunk in places:
+            results = [future.result()[row] for future, row in places_of_chunk]
+            codes, latents = zip(*results)
             yield np.concatenate(codes, axis=1), torch.cat(latents, dim=1)
 
     def batch_key(self, segment: tuple[int, torch.Tensor]) -> int:
-        """Segments with the same key can share a batch: here those of one length."""
-        return segment[1].shape[1]
+        """Return what the segments of a batch have in common: their length, if it matters."""
+        return 0 if self.mixes_lengths else segment[1].shape[1]
 
     def task(self, function: Callable, argument: object, threads: int = 1) -> object:
-        """Call a function in the pool."""
+        """Call a function in the pool, with so many threads for PyTorch."""
         if self.stopped:
             raise RunError("the encoder was stopped")
         torch.set_num_threads(threads)
@@ -1383,28 +1381,20 @@ class Encoder:
     def cut_segment(self, segment: torch.Tensor) -> list[Piece]:
         """Cut a segment [C, T] into pieces. A last, incomplete frame is a piece of its own.
 
-        The 48 kHz model looks ahead and normalizes over time, so its segments are one piece. So are
+        The 48 kHz model looks ahead and normalizes over time, so its segments are not cut. Nor are
         segments of less than three frames: the reflection that pads their start reaches their end.
         """
         complete, rest = divmod(segment.shape[1], self.hop)
         if not self.causal or complete < 3:
-            return [Piece(segment, 0)]
+            return [(segment, 0)]
         pieces = []
         for first in range(0, complete, PIECE_FRAMES):
             lead = LEAD_FRAMES if first else 0
             end = min(first + PIECE_FRAMES, complete)
-            pieces.append(Piece(segment[:, (first - lead) * self.hop : end * self.hop], lead))
+            pieces.append((segment[:, (first - lead) * self.hop : end * self.hop], lead))
         if rest:
-            pieces.append(Piece(segment[:, (complete - LEAD_FRAMES) * self.hop :], LEAD_FRAMES))
+            pieces.append((segment[:, (complete - LEAD_FRAMES) * self.hop :], LEAD_FRAMES))
         return pieces
-
-    def start_convolving(self, pool: ThreadPoolExecutor, segments: list[torch.Tensor]) -> list:
-        """Prepare segments [C, T] for `convolved`, and queue what can be done already."""
-        raise NotImplementedError
-
-    def convolved(self, started: list) -> list[torch.Tensor]:
-        """Return the LSTM's input [F, 512] of each segment of `start_convolving`."""
-        raise NotImplementedError
 
     def normalized(self, segment: torch.Tensor) -> torch.Tensor:
         """Divide a segment [C, T] by its loudness, if the model does (see EncodecModel)."""
@@ -1416,11 +1406,13 @@ class Encoder:
         """Return the codes [K, F] and the latents [D, F] of each segment of a batch."""
         segments = self.convolved(started)
         lengths = [len(segment) for segment in segments]  # the first is the longest
-        last, state, context = self.last_convolution, None, None
-        codes, latents = [], []
+        state = None
+        context = None
+        codes = []
+        latents = []
         for at in range(0, lengths[0], self.lstm_frames):
             num_frames = min(lengths[0] - at, self.lstm_frames)
-            if self.fixed_shapes and self.causal:
+            if self.mixes_lengths:
                 num_frames = self.lstm_frames
             x = torch.zeros(num_frames, self.settings.batch_size, 512, device=self.settings.device)
             for row, segment in enumerate(segments):
@@ -1429,15 +1421,16 @@ class Encoder:
             y, state = self.lstm(x, state)
             y = elu(y.add_(x)).permute(1, 2, 0)  # [B, 512, F]
             if self.causal:
-                last = self.last_convolution.conv.conv
                 y, context = self.pad_start(y, lengths, context)
             if self.fixed_shapes:
-                y = last(y)
+                y = self.last_convolution(y)
             else:  # oneDNN's rounding depends on the number of rows
-                y = torch.cat([last(one[None]) for one in y[: len(segments)]])
+                rows = y[: len(segments)]
+                y = torch.cat([self.last_convolution(row[None]) for row in rows])
             codes.append(self.quantize(y))
             latents.append(y.cpu())
-        codes, latents = np.concatenate(codes, axis=2), torch.cat(latents, dim=2)
+        codes = np.concatenate(codes, axis=2)
+        latents = torch.cat(latents, dim=2)
         rows = enumerate(lengths)
         return [(codes[row, :, :length], latents[row, :, :length]) for row, length in rows]
 
@@ -1446,10 +1439,11 @@ class Encoder:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the context before the causal last convolution's input [B, 512, F].
 
-        Returns that, and its end, which is the next context. The first one is a reflection, as in
-        EncodecModel's pad1d, which puts zeros behind a segment that is too short for it.
+        Returns that, and its end, which is the next context. The first context (None) is a
+        reflection, as in EncodecModel's pad1d, which puts zeros behind a segment that is too short
+        for it.
         """
-        width = self.last_convolution.conv.conv.kernel_size[0] - 1
+        width = self.last_convolution.kernel_size[0] - 1
         if context is None:
             for row, length in zip(x, lengths):
                 row[:, length:] = 0
@@ -1470,8 +1464,8 @@ class Encoder:
                 codes.append(linear(residual, doubled, minus_squared).max(dim=1).indices)
                 residual = residual - book[codes[-1]]
             parts.append(torch.stack(codes))
-        codes = torch.cat(parts, dim=1).view(len(self.codebooks), len(latents), -1).transpose(0, 1)
-        return codes.cpu().numpy().astype(np.uint16)
+        codes = torch.cat(parts, dim=1).view(len(self.codebooks), len(latents), -1)  # [K, B, F]
+        return codes.transpose(0, 1).cpu().numpy().astype(np.uint16)
 
 
 class FastConv:
@@ -1483,10 +1477,13 @@ class FastConv:
     """
 
     def __init__(self, module: SConv1d, after_elu: bool) -> None:
-        conv, norm = module.conv.conv, module.conv.norm
-        self.kernel, self.stride, self.after_elu = conv.kernel_size[0], conv.stride[0], after_elu
-        self.weight, self.bias = conv.weight.detach(), conv.bias.detach()  # [C', C, kernel], [C']
-        self.norm = norm if isinstance(norm, torch.nn.GroupNorm) else None
+        conv = module.conv.conv
+        self.after_elu = after_elu
+        self.kernel = conv.kernel_size[0]
+        self.stride = conv.stride[0]
+        self.weight = conv.weight.detach()  # [C', C, kernel]
+        self.bias = conv.bias.detach()  # [C']
+        self.norm = module.conv.norm  # GroupNorm of one group, or Identity
         if self.kernel == 1:
             self.weight = self.weight[:, :, 0].contiguous()  # [C', C]
         elif self.kernel == 2 * self.stride:
@@ -1494,16 +1491,19 @@ class FastConv:
             self.weight = halves.transpose(0, 1).contiguous()  # [2, C', stride * C]
         else:
             self.weight = self.weight[:, :, None].contiguous(memory_format=torch.channels_last)
-        # SConv1d pads in this way: a causal model all to the left, another the odd sample.
+        # SConv1d pads a causal model on the left only. Otherwise the odd sample goes to the left.
         total = self.kernel - self.stride
         self.right = 0 if module.causal else total // 2
         self.left = total - self.right
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, C] after its ELU, reflected at both ends, to whole strides."""
-        length, left, right = len(x), self.left, self.right + -len(x) % self.stride
+        """Apply the ELU to [T, C], and reflect both ends, to whole strides."""
+        length = len(x)
+        left = self.left
+        right = self.right + -length % self.stride
         if length <= max(left, right):  # too short: EnCodec appends zeros first
-            x = elu(x) if self.after_elu else x
+            if self.after_elu:
+                x = elu(x)
             return pad1d(x.T[None], (left, right), "reflect")[0].T.contiguous()
         padded = x.new_empty(left + length + right, x.shape[1])
         body = padded[left : left + length]
@@ -1518,16 +1518,19 @@ class FastConv:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, C] -> [ceil(T / stride), C']"""
         if self.kernel == 1:
-            y = linear(elu(x) if self.after_elu else x, self.weight, self.bias)
+            if self.after_elu:
+                x = elu(x)
+            y = linear(x, self.weight, self.bias)
         elif self.kernel == 2 * self.stride:
             strides = self.pad(x).view(-1, self.stride * x.shape[1])
             y = linear(strides[:-1], self.weight[0], self.bias)
             y += linear(strides[1:], self.weight[1])
         else:
             y = F.conv2d(self.pad(x).T[None, :, None], self.weight, self.bias)[0, :, 0].T
-        if self.norm is None:
+        if not isinstance(self.norm, torch.nn.GroupNorm):
             return y
-        mean, flat = y.mean(), y.reshape(-1)  # GroupNorm of one group
+        mean = y.mean()
+        flat = y.reshape(-1)
         variance = (flat.dot(flat) / len(flat) - mean * mean).clamp(min=0)
         scale = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
         return torch.addcmul(self.norm.bias - mean * scale, y, scale, out=y)
@@ -1565,7 +1568,6 @@ class CpuEncoder(Encoder):
             after_elu = isinstance(module, torch.nn.ELU)
 
     def start_convolving(self, pool: ThreadPoolExecutor, segments: list[torch.Tensor]) -> list:
-        """See Encoder."""
         started = []
         for segment in segments:
             pieces = self.cut_segment(segment)
@@ -1573,14 +1575,17 @@ class CpuEncoder(Encoder):
         return started
 
     def convolve(self, piece: Piece) -> torch.Tensor:
-        x = self.normalized(piece.samples).T.contiguous()  # [T, C]
+        samples, lead = piece
+        x = self.normalized(samples).T.contiguous()  # [T, C]
         for layer in self.layers:
             x = layer(x)
-        return x[piece.lead :]
+        return x[lead:]
 
     def convolved(self, started: list[list[Future]]) -> list[torch.Tensor]:
-        """See Encoder."""
-        return [torch.cat([future.result() for future in futures]) for futures in started]
+        segments = []
+        for futures in started:
+            segments.append(torch.cat([future.result() for future in futures]))
+        return segments
 
 
 class GpuEncoder(Encoder):
@@ -1597,44 +1602,42 @@ class GpuEncoder(Encoder):
     fixed_shapes = True
     pieces_at_once = 16
 
-    def batch_key(self, segment: tuple[int, torch.Tensor]) -> int:
-        """See Encoder. The causal model does not see the zeros behind a segment."""
-        return 0 if self.causal else super().batch_key(segment)
-
     def start_convolving(self, pool: ThreadPoolExecutor, segments: list[torch.Tensor]) -> list:
-        """See Encoder."""
-        pieces = []
+        pieces = []  # the row of the segment in its batch, the samples, and the lead
         for row, segment in enumerate(segments):
-            pieces += [(row, piece) for piece in self.cut_segment(segment)]
+            for samples, lead in self.cut_segment(segment):
+                pieces.append((row, samples, lead))
         return pieces
 
-    def filled_length(self, piece: tuple[int, Piece]) -> int:
-        """Return the number of samples that a piece of complete frames is filled up to."""
-        length = piece[1].samples.shape[1]
-        if self.causal and length % self.hop == 0 and length >= 3 * self.hop:
+    def filled_length(self, piece: tuple[int, torch.Tensor, int]) -> int:
+        """Return the number of samples that a piece is filled up to."""
+        length = piece[1].shape[1]
+        has_whole_frames = length % self.hop == 0 and length >= 3 * self.hop
+        if self.causal and has_whole_frames:
             return (LEAD_FRAMES + PIECE_FRAMES) * self.hop
         return length
 
-    def convolved(self, started: list[tuple[int, Piece]]) -> list[torch.Tensor]:
-        """See Encoder."""
-        rows = defaultdict(list)
+    def convolved(self, started: list[tuple[int, torch.Tensor, int]]) -> list[torch.Tensor]:
+        parts = defaultdict(list)
         # The longest come first, and so the pieces of a segment stay in order.
         pieces = sorted(started, key=self.filled_length, reverse=True)
         for group in batched(pieces, self.pieces_at_once, key=self.filled_length):
-            channels = len(group[0][1].samples)
+            channels = len(group[0][1])
             x = torch.zeros(self.pieces_at_once, channels, self.filled_length(group[0]))
-            for place, (_, piece) in enumerate(group):
-                x[place, :, : piece.samples.shape[1]] = self.normalized(piece.samples)
+            for place, (_, samples, _) in enumerate(group):
+                x[place, :, : samples.shape[1]] = self.normalized(samples)
             y = self.convolutions(x.to(self.settings.device)).transpose(1, 2)  # [B, F, 512]
-            for place, (row, piece) in enumerate(group):
-                end = math.ceil(piece.samples.shape[1] / self.hop)
-                rows[row].append(y[place, piece.lead : end])
-        return [torch.cat(rows[row]) for row in sorted(rows)]
+            for place, (row, samples, lead) in enumerate(group):
+                end = math.ceil(samples.shape[1] / self.hop)
+                parts[row].append(y[place, lead:end])
+        return [torch.cat(parts[row]) for row in sorted(parts)]
 
 
 def make_encoder(model: EncodecModel, settings: Settings) -> Encoder:
     """Return the encoder for the device of settings from resolve_device."""
-    return CpuEncoder(model, settings) if settings.device == "cpu" else GpuEncoder(model, settings)
+    if settings.device == "cpu":
+        return CpuEncoder(model, settings)
+    return GpuEncoder(model, settings)
 
 
 def load_encoder(settings: Settings) -> Encoder:
@@ -1664,21 +1667,24 @@ def tokenize(sound: object, encoder: Encoder, rate: object = None) -> object:
     call tokenize for one file at a time and catch BadClip.
     """
     sounds = several_sounds(sound)
-    chunks = []
-    for number, one in enumerate([sound] if sounds is None else sounds):
+    if sounds is None:
+        return tokenize([sound], encoder, rate)[0]
+    chunks = []  # of each sound
+    for number, one in enumerate(sounds):
         try:
             audio = load_sound(one, rate, encoder.settings)
         except (BadClip, ValueError) as error:
-            kind = BadClip if isinstance(error, BadClip) else ValueError
             name = one if isinstance(one, (str, os.PathLike)) else f"sound {number}"
+            kind = BadClip if isinstance(error, BadClip) else ValueError
             raise kind(f"{name}: {error}") from error
-        chunks.append(split_chunks(audio, encoder.settings)[1])
-    encoded = encoder.encode([chunk for parts in chunks for chunk in parts])
-    codes = []
-    for parts in chunks:
-        codes_of_one = [next(encoded)[0] for _ in parts]
-        codes.append(np.stack(codes_of_one).astype(np.int64))
-    return codes[0] if sounds is None else codes
+        _, chunks_of_one = split_chunks(audio, encoder.settings)
+        chunks.append(chunks_of_one)
+    encoded = encoder.encode(list(chain.from_iterable(chunks)))
+    found = []
+    for chunks_of_one in chunks:
+        codes, _ = zip(*islice(encoded, len(chunks_of_one)))
+        found.append(np.stack(codes).astype(np.int64))
+    return found
 
 
 def decode(codes: np.ndarray, encoder: Encoder) -> tuple[np.ndarray, int]:
@@ -1694,7 +1700,8 @@ def decode(codes: np.ndarray, encoder: Encoder) -> tuple[np.ndarray, int]:
 
     Raises ValueError: the codes are not of this model.
     """
-    model, codes = encoder.model, np.asarray(codes)
+    model = encoder.model
+    codes = np.asarray(codes)
     most = model.quantizer.n_q
     if codes.ndim != 3 or not codes.size or codes.shape[1] > most:
         shape = f"[chunks, codebooks, frames] with at most {most} codebooks"
@@ -1712,7 +1719,7 @@ def decode(codes: np.ndarray, encoder: Encoder) -> tuple[np.ndarray, int]:
 
 
 def split_segments(codes: torch.Tensor, model: EncodecModel) -> list[torch.Tensor]:
-    """Split the codes [K, F] of a chunk into those of the segments that EncodecModel.encode cut."""
+    """Split the codes [K, F] of a chunk into those of its segments in EncodecModel.encode."""
     if model.segment_length is None:  # 24 kHz: one segment
         return [codes]
     *segments, last = codes.split(150, dim=1)  # the frames of a segment of 1 s
@@ -1726,13 +1733,14 @@ def split_segments(codes: torch.Tensor, model: EncodecModel) -> list[torch.Tenso
 
 
 def several_sounds(sound: object) -> list | None:
-    """Return the sounds of a list, or of what can stand for one; None for a single sound."""
+    """Return several sounds as a list; None for a single sound."""
     if hasattr(sound, "to_numpy"):  # a Series
         sound = sound.to_numpy()
     if isinstance(sound, np.ndarray) and sound.ndim == 1 and sound.dtype.kind in "OUT":
         return sound.tolist()  # texts or objects
-    if isinstance(sound, (list, tuple, Iterator)) and not isinstance(sound, io.IOBase):
-        return list(sound)  # but a file gives lines
+    is_file = isinstance(sound, io.IOBase)  # an iterator of lines
+    if isinstance(sound, (list, tuple, Iterator)) and not is_file:
+        return list(sound)
     return None
 
 
@@ -1789,15 +1797,14 @@ def convert_samples(samples: object) -> torch.Tensor:
 # -------------------------------------------------------------------------------------------- store
 
 GROUP_CLIPS = 16  # clips that are loaded and encoded together, at most
-GROUP_SECONDS = 120  # of audio that a group holds at a time, but at least one clip
+GROUP_SECONDS = 120  # seconds of audio that a group holds at a time, but at least one clip
 
 
-# A new field without a default makes all stored codes absent.
 @dataclass(frozen=True, kw_only=True)
 class StoredCodes:
     """What is stored of a clip: an .npz of arrays, whose comment holds the other fields as JSON.
 
-    An array is parsed when it is first used, which takes 0.1 ms.
+    Give a new field a default: without one, all clips are encoded anew.
     """
 
     file: str  # path below the audio folder
@@ -1810,21 +1817,20 @@ class StoredCodes:
     made_with: str  # the hash at the end of the folder's name
     arrays: Mapping[str, np.ndarray] | None = field(default=None, compare=False)
 
-    # The codes of the N chunks: [N, K, F], uint16.
-    codes = cached_property(lambda stored: stored.arrays["codes"])
+    # Each array is parsed when it is first used, which takes 0.1 ms.
+    codes = cached_property(lambda self: self.arrays["codes"])  # of the chunks: [N, K, F], uint16
     # The codes of the mean of the chunks' latents: [K, F], uint16.
-    mean_latent_codes = cached_property(lambda stored: stored.arrays["mean_latent_codes"])
+    mean_latent_codes = cached_property(lambda self: self.arrays["mean_latent_codes"])
     # The chunk whose latents are nearest to that mean (Euclidean).
-    medoid = cached_property(lambda stored: int(stored.arrays["medoid"]))
-    # Where the chunks start: [N].
-    start_sec = cached_property(lambda stored: stored.arrays["start_sec"].tolist())
+    medoid = cached_property(lambda self: int(self.arrays["medoid"]))
+    start_sec = cached_property(lambda self: self.arrays["start_sec"].tolist())  # of the chunks
 
 
 FACTS = [field.name for field in fields(StoredCodes) if field.name != "arrays"]
 
 
 def codes_path(folder: Path, name: str) -> Path:
-    """Return where the codes of the clip of that name are stored, or will be."""
+    """Return the path of a clip's codes, whether they are there or not."""
     above, _, last = name.rpartition("/")
     if len(os.fsencode(last)) > 240:
         last = hashlib.sha256(os.fsencode(last)).hexdigest()
@@ -1837,23 +1843,25 @@ def read_codes(folder: Path, name: str, with_arrays: bool = True) -> StoredCodes
     try:
         data = path.read_bytes()
     except OSError as error:
-        reason_or_raise(error, path)  # raises the machine's
+        reason_or_raise(error, path)  # an error of the machine is raised
         return None
     if data[-8:] != b"%08x" % zlib.crc32(memoryview(data)[:-8]):
         return None
     try:
-        # The comment follows 22 bytes that begin so, and JSON has no control characters.
+        # The comment follows the zip's last record, of 22 bytes. JSON cannot contain its signature.
         comment = data[data.rindex(b"PK\5\6") + 22 : -8]
         stored = StoredCodes(**json.loads(comment))
     except (TypeError, ValueError):  # TypeError: another version has written other fields
         return None
     if stored.made_with != folder.name.rpartition("-")[2]:
         return None
-    return replace(stored, arrays=np.load(io.BytesIO(data))) if with_arrays else stored
+    if with_arrays:
+        stored = replace(stored, arrays=np.load(io.BytesIO(data)))
+    return stored
 
 
 def pack_codes(stored: StoredCodes) -> bytes:
-    """Return a clip's .npz file. It ends in its comment, which ends in the CRC of all before it."""
+    """Return the bytes of a clip's .npz file. The last eight are a CRC of those before them."""
     file = io.BytesIO()  # np.savez seeks back, which some disks do not allow
     np.savez_compressed(file, **stored.arrays)
     facts = {name: getattr(stored, name) for name in FACTS}
@@ -1864,14 +1872,15 @@ def pack_codes(stored: StoredCodes) -> bytes:
 
 
 def write_codes(folder: Path, name: str, stored: StoredCodes) -> None:
-    """Write what is stored of a clip in one atomic step, and by one write: some disks only append.
+    """Write what is stored of a clip, atomically.
 
     Raises BadClip: the file system does not take the clip's name. OSError, with the path: any other
     fault.
     """
-    path, temporary = codes_path(folder, name), folder / f"{uuid.uuid4().hex}.tmp"
+    path = codes_path(folder, name)
+    temporary = folder / f"{uuid.uuid4().hex}.tmp"
     try:
-        temporary.write_bytes(pack_codes(stored))
+        temporary.write_bytes(pack_codes(stored))  # one write, because some disks only append
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(path)
@@ -1887,14 +1896,13 @@ def write_codes(folder: Path, name: str, stored: StoredCodes) -> None:
 
 
 def may_use(stored: StoredCodes, clip: Clip, settings: Settings, compare: bool) -> bool:
-    """Tell whether the codes that are stored under a clip's name are those of its file.
+    """Tell whether the codes that are stored under a clip's name can be used for its file.
 
-    They are if the file is gone, or has the stamp that it had. Otherwise, as after a copy, its
-    content decides, which is read only if `compare`.
+    They can if the file is gone, or its stamp is unchanged. With `compare` they can also if its
+    content is unchanged, as after a copy.
     Raises BadClip: the clip is too long, or its file cannot be read.
     """
-    is_gone = clip.error.startswith(NO_FILE)
-    usable = is_gone or clip.stamp == stored.stamp
+    usable = clip.error.startswith(NO_FILE) or clip.stamp == stored.stamp
     if not usable and compare:
         try:
             usable = sha256_of(clip.path) == stored.sha256
@@ -1906,19 +1914,16 @@ def may_use(stored: StoredCodes, clip: Clip, settings: Settings, compare: bool) 
 
 
 def still_means(stored: StoredCodes, clip: Clip, dataset: Dataset) -> bool:
-    """Tell whether a clip's name means the file that was encoded, there or not, and no other.
-
-    It does not if the name is there as it stands, nor in another audio folder without that file.
-    """
-    if clip.stamp and clip.file == clip.name:
+    """Tell whether a clip's name still means the file that was encoded, which may be gone."""
+    if clip.stamp and clip.file == clip.name:  # now there is a file of exactly this name
         return False
     return stored.folder == clip.folder or os.path.isfile(dataset.audio_dir / stored.file)
 
 
 def find_codes(dataset: Dataset, folder: Path, settings: Settings) -> int:
-    """Find the clips whose codes are stored; returns how many files of theirs are gone.
+    """Find the clips whose codes are stored; returns how many of their files are gone.
 
-    What a name meant when it was encoded counts more than a file that it fits now.
+    If a clip's name fits another file now, the file that was encoded is preferred.
     """
     num_gone = 0
     for clip in show_progress(dataset.clips, f"{dataset.stem}: looking for codes", delay=2):
@@ -1929,34 +1934,37 @@ def find_codes(dataset: Dataset, folder: Path, settings: Settings) -> int:
             find_file(clip, dataset, stored.file)
         try:
             if may_use(stored, clip, settings, compare=False):
-                num_gone += not clip.stamp
-                clip.sha256, clip.error = stored.sha256, ""
+                clip.sha256 = stored.sha256
+                clip.error = ""
+                if not clip.stamp:
+                    num_gone += 1
         except BadClip as reason:
             clip.error = str(reason)
     return num_gone
 
 
-def show_progress(clips: list[Clip], what: str, **options: object) -> tqdm:
+def show_progress(clips: list[Clip], what: str, delay: float = 0) -> tqdm:
     """Return a bar over clips: it moves on a terminal, and writes a line a minute to a log file."""
-    options |= {"mininterval": 0.1 if sys.stderr.isatty() else 60, "miniters": 0}
-    return tqdm(clips, what, unit="clip", position=LOCAL_RANK, **options)
+    interval = 0.1 if sys.stderr.isatty() else 60
+    options = {"unit": "clip", "position": LOCAL_RANK, "mininterval": interval, "miniters": 0}
+    return tqdm(clips, what, delay=delay, **options)
 
 
 def look_again(clip: Clip, folder: Path, settings: Settings) -> StoredCodes | None:
-    """Look again for a clip's codes: another process may have made them since find_codes.
+    """Look again for a clip's codes, and compare contents. For errors see may_use.
 
-    Codes of another content are removed, so that they never come back. For errors see may_use.
+    Another process may have written codes since find_codes. Codes of another content are removed.
     """
     stored = read_codes(folder, clip.name)
     while stored and not may_use(stored, clip, settings, compare=True):
-        now = read_codes(folder, clip.name)
-        if now == stored:
+        compared = stored
+        stored = read_codes(folder, clip.name)
+        if stored == compared:  # else another process has just replaced them
             check_unchanged(clip)
             codes_path(folder, clip.name).unlink(missing_ok=True)
             return None
-        stored = now  # another process has just written these
     if stored and stored.stamp != clip.stamp:
-        with suppress(OSError, BadClip):  # it only saves the next run this comparison
+        with suppress(OSError, BadClip):  # the new stamp only saves the next run this comparison
             check_unchanged(clip)
             now = replace(stored, file=clip.file, folder=clip.folder, stamp=clip.stamp)
             write_codes(folder, clip.name, now)
@@ -1964,8 +1972,8 @@ def look_again(clip: Clip, folder: Path, settings: Settings) -> StoredCodes | No
 
 
 def check_unchanged(clip: Clip) -> None:
-    """Raise BadClip if a clip's file is not as the run has found it (some disks change inodes)."""
-    if file_stamp(clip.path)[:3] != clip.stamp[:3]:
+    """Raise BadClip if a clip's file has changed since the run found it."""
+    if file_stamp(clip.path)[:3] != clip.stamp[:3]:  # without inodes, which some disks change
         raise BadClip("the file changed while it was read; the next run tries it again")
 
 
@@ -1998,12 +2006,13 @@ def load_clip(
 
 
 def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
-    """Load, encode and keep some clips. Each ends with its content's checksum, or with an error.
+    """Load, encode and store some clips. Each then has its content's checksum, or an error.
 
-    The codes of GROUP_SECONDS of audio are made together.
     Raises RunError: a file is gone. OSError: the machine is at fault.
     """
-    settings, loaded, seconds = encoder.settings, [], 0.0
+    settings = encoder.settings
+    loaded = []
+    seconds = 0.0
     for clip in group:
         if encoder.stopped:
             return
@@ -2027,7 +2036,8 @@ def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
             continue
         if loaded and seconds + stored.duration_sec > GROUP_SECONDS:
             encode_clips(loaded, folder, encoder)
-            loaded, seconds = [], 0.0
+            loaded = []
+            seconds = 0.0
         loaded.append((clip, stored, chunks))
         seconds += stored.duration_sec
     encode_clips(loaded, folder, encoder)
@@ -2036,8 +2046,11 @@ def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
 def encode_clips(
     loaded: list[tuple[Clip, StoredCodes, list[torch.Tensor]]], folder: Path, encoder: Encoder
 ) -> None:
-    """Encode clips of load_clip together, and keep their codes. Raises OSError: see write_codes."""
-    encoded = encoder.encode([chunk for _, _, chunks in loaded for chunk in chunks])
+    """Encode clips of load_clip together, and store their codes. For errors see write_codes."""
+    all_chunks = []
+    for _, _, chunks in loaded:
+        all_chunks += chunks
+    encoded = encoder.encode(all_chunks)
     for clip, stored, chunks in loaded:
         codes, latents = zip(*islice(encoded, len(chunks)))
         arrays = {"codes": np.stack(codes), "mean_latent_codes": codes[0], "medoid": 0}
@@ -2048,7 +2061,8 @@ def encode_clips(
             arrays["medoid"] = int((latents - mean).pow(2).sum(dim=(1, 2)).argmin())
         try:
             write_codes(folder, clip.name, replace(stored, arrays=stored.arrays | arrays))
-            clip.sha256, clip.encoded_s = stored.sha256, stored.duration_sec
+            clip.sha256 = stored.sha256
+            clip.encoded_s = stored.duration_sec
         except BadClip as reason:
             clip.error = str(reason)
         if encoder.settings.debug:
@@ -2056,29 +2070,35 @@ def encode_clips(
             say(f"{clip.fname} [{clip.labels}]: {what}")
 
 
+def make_groups(clips: list[Clip], workers: int) -> list[list[Clip]]:
+    """Cut clips into groups, in the order in which this process takes them."""
+    size = max(4, min(GROUP_CLIPS, len(clips) // workers))
+    if WORLD_SIZE > 1:  # a few clips are shared by all processes
+        size = max(1, min(GROUP_CLIPS, len(clips) // (8 * WORLD_SIZE)))
+    groups = [clips[i : i + size] for i in range(0, len(clips), size)]
+    first = len(groups) * RANK // WORLD_SIZE
+    end = len(groups) * (RANK + 1) // WORLD_SIZE
+    # Its own share comes first. Then it helps the others, from the end of the share before its own,
+    # because the process of that share starts at the beginning.
+    return groups[first:end] + groups[:first][::-1] + groups[end:][::-1]
+
+
 def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
     """Encode the clips that have no codes yet. Raises what encode_group raises.
 
     No group is at work any more when it returns or raises.
     """
-    clips, settings, started = dataset.clips, encoder.settings, time.monotonic()
-    first_rows = {}  # rows of one file share its codes
-    for clip in clips:
-        if not clip.sha256 and not clip.error:
-            first_rows.setdefault(clip.name, clip)
-    files = list(first_rows.values())
-    if not files:
+    missing = [clip for clip in dataset.clips if not clip.sha256 and not clip.error]
+    first_rows = {}  # rows of one name share its codes
+    for clip in missing:
+        first_rows.setdefault(clip.name, clip)
+    if not missing:
         return
-    # Few clips are shared evenly: by the groups at work, or by all processes.
-    shares, fewest = (settings.workers, 4) if WORLD_SIZE == 1 else (8 * WORLD_SIZE, 1)
-    size = max(fewest, min(GROUP_CLIPS, len(files) // shares))
-    groups = [files[i : i + size] for i in range(0, len(files), size)]
-    # Its own share comes first. Then it helps the others, beginning with the end of the share
-    # before its own, so that it meets that owner late.
-    first, end = len(groups) * RANK // WORLD_SIZE, len(groups) * (RANK + 1) // WORLD_SIZE
-    groups = groups[first:end] + groups[:first][::-1] + groups[end:][::-1]
-    bar = show_progress(None, dataset.stem, total=len(clips), miniters=0)
-    pool = ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(1,))
+    workers = encoder.settings.workers
+    groups = make_groups(list(first_rows.values()), workers)
+    started = time.monotonic()
+    bar = show_progress(dataset.clips, dataset.stem)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         at_work = {pool.submit(encode_group, group, folder, encoder) for group in groups}
         while at_work:
@@ -2086,18 +2106,18 @@ def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
             done, at_work = wait(at_work, 1, FIRST_EXCEPTION)
             for future in done:
                 future.result()
-            update_progress(bar, clips, started)
+            update_progress(bar, dataset.clips, started)
     except BaseException:
         encoder.stopped = True
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        update_progress(bar, clips, started)
+        update_progress(bar, dataset.clips, started)
         bar.close()
-    for clip in clips:
-        if not clip.sha256 and not clip.error:
-            encoded = first_rows[clip.name]
-            clip.sha256, clip.error = encoded.sha256, encoded.error
+    for clip in missing:
+        encoded = first_rows[clip.name]
+        clip.sha256 = encoded.sha256
+        clip.error = encoded.error
 
 
 def update_progress(bar: tqdm, clips: list[Clip], started: float) -> None:
