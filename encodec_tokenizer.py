@@ -51,7 +51,7 @@ import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from fractions import Fraction
@@ -1298,8 +1298,6 @@ class Encoder:
 
     Subclasses convolve the pieces: `start_convolving` takes the segments [C, T] of a batch, and
     `convolved` turns what that returns into the LSTM's input [F, 512] of each segment.
-
-    An encoder can be pickled. One for a CPU can be used in forked processes.
     """
 
     threads: int
@@ -1405,7 +1403,7 @@ class Encoder:
     def quantize_batch(self, started: list) -> list[tuple[np.ndarray, torch.Tensor]]:
         """Return the codes [K, F] and the latents [D, F] of each segment of a batch."""
         segments = self.convolved(started)
-        lengths = [len(segment) for segment in segments]  # the first is the longest
+        lengths = list(map(len, segments))  # the first is the longest
         state = None
         context = None
         codes = []
@@ -1543,11 +1541,7 @@ def residual_block(
 
 
 class CpuEncoder(Encoder):
-    """Convolves each piece on a core of its own: its activations fit the cache, a batch's do not.
-
-    The LSTM reads all its weights at every step, which the segments of a batch share; batches of 4
-    are as fast as larger ones.
-    """
+    """Convolves each piece on its own core: its activations fit the cache, a batch's do not."""
 
     threads = THREADS
     lstm_frames = 1500  # more take more memory, and are no faster
@@ -1603,11 +1597,7 @@ class GpuEncoder(Encoder):
     pieces_at_once = 16
 
     def start_convolving(self, pool: ThreadPoolExecutor, segments: list[torch.Tensor]) -> list:
-        pieces = []  # the row of the segment in its batch, the samples, and the lead
-        for row, segment in enumerate(segments):
-            for samples, lead in self.cut_segment(segment):
-                pieces.append((row, samples, lead))
-        return pieces
+        return segments  # all is done in `convolved`
 
     def filled_length(self, piece: tuple[int, torch.Tensor, int]) -> int:
         """Return the number of samples that a piece is filled up to."""
@@ -1617,10 +1607,14 @@ class GpuEncoder(Encoder):
             return (LEAD_FRAMES + PIECE_FRAMES) * self.hop
         return length
 
-    def convolved(self, started: list[tuple[int, torch.Tensor, int]]) -> list[torch.Tensor]:
-        parts = defaultdict(list)
+    def convolved(self, started: list[torch.Tensor]) -> list[torch.Tensor]:
+        pieces = []  # the number of the segment, the samples, and the lead
+        for row, segment in enumerate(started):
+            for samples, lead in self.cut_segment(segment):
+                pieces.append((row, samples, lead))
         # The longest come first, and so the pieces of a segment stay in order.
-        pieces = sorted(started, key=self.filled_length, reverse=True)
+        pieces.sort(key=self.filled_length, reverse=True)
+        parts = defaultdict(list)
         for group in batched(pieces, self.pieces_at_once, key=self.filled_length):
             channels = len(group[0][1])
             x = torch.zeros(self.pieces_at_once, channels, self.filled_length(group[0]))
@@ -1641,10 +1635,7 @@ def make_encoder(model: EncodecModel, settings: Settings) -> Encoder:
 
 
 def load_encoder(settings: Settings) -> Encoder:
-    """Find, load and set up the weights, for `tokenize` and `decode`.
-
-    Raises UserError: see find_weights.
-    """
+    """Find, load and set up the weights, for `tokenize` and `decode`. Raises UserError."""
     settings = resolve_device(settings)
     model, weights = load_model(settings, find_weights(settings))
     if weights == UNTRAINED:
@@ -1782,16 +1773,13 @@ def convert_samples(samples: object) -> torch.Tensor:
     """Return an array or a tensor as a tensor in float32. Raises BadClip: it holds no floats."""
     if isinstance(samples, torch.Tensor):
         samples = samples.detach().cpu()
-        is_float = samples.is_floating_point()
-    else:
-        samples = np.asarray(samples)
-        is_float = samples.dtype.kind == "f"
-    if not is_float:
+        if samples.is_floating_point():
+            samples = samples.float()  # NumPy has no bfloat16
+    samples = np.asarray(samples)
+    if samples.dtype.kind != "f":
         raise BadClip(f"{samples.dtype} samples: give floats, integers divided by their full scale")
-    if isinstance(samples, np.ndarray):
-        # A plain copy, for PyTorch takes no long doubles, swapped bytes or negative strides.
-        samples = torch.from_numpy(samples.astype(np.float32))
-    return samples.float()
+    # A plain copy, for PyTorch takes no long doubles, swapped bytes or negative strides.
+    return torch.from_numpy(samples.astype(np.float32))
 
 
 # -------------------------------------------------------------------------------------------- store
@@ -1860,27 +1848,23 @@ def read_codes(folder: Path, name: str, with_arrays: bool = True) -> StoredCodes
     return stored
 
 
-def pack_codes(stored: StoredCodes) -> bytes:
-    """Return the bytes of a clip's .npz file. The last eight are a CRC of those before them."""
-    file = io.BytesIO()  # np.savez seeks back, which some disks do not allow
-    np.savez_compressed(file, **stored.arrays)
-    facts = {name: getattr(stored, name) for name in FACTS}
-    with zipfile.ZipFile(file, "a") as archive:
-        archive.comment = json.dumps(facts).encode() + bytes(8)
-    data = file.getvalue()[:-8]
-    return data + b"%08x" % zlib.crc32(data)
-
-
 def write_codes(folder: Path, name: str, stored: StoredCodes) -> None:
     """Write what is stored of a clip, atomically.
 
     Raises BadClip: the file system does not take the clip's name. OSError, with the path: any other
     fault.
     """
+    file = io.BytesIO()  # np.savez seeks back, and some disks can only append
+    np.savez_compressed(file, **stored.arrays)
+    facts = {name: getattr(stored, name) for name in FACTS}
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = json.dumps(facts).encode() + bytes(8)
+    data = file.getvalue()[:-8]
+    data += b"%08x" % zlib.crc32(data)  # the comment ends in the CRC of all before it
     path = codes_path(folder, name)
     temporary = folder / f"{uuid.uuid4().hex}.tmp"
     try:
-        temporary.write_bytes(pack_codes(stored))  # one write, because some disks only append
+        temporary.write_bytes(data)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(path)
@@ -1913,24 +1897,19 @@ def may_use(stored: StoredCodes, clip: Clip, settings: Settings, compare: bool) 
     return usable
 
 
-def still_means(stored: StoredCodes, clip: Clip, dataset: Dataset) -> bool:
-    """Tell whether a clip's name still means the file that was encoded, which may be gone."""
-    if clip.stamp and clip.file == clip.name:  # now there is a file of exactly this name
-        return False
-    return stored.folder == clip.folder or os.path.isfile(dataset.audio_dir / stored.file)
-
-
 def find_codes(dataset: Dataset, folder: Path, settings: Settings) -> int:
-    """Find the clips whose codes are stored; returns how many of their files are gone.
-
-    If a clip's name fits another file now, the file that was encoded is preferred.
-    """
+    """Find the clips whose codes are stored; returns how many of their files are gone."""
     num_gone = 0
     for clip in show_progress(dataset.clips, f"{dataset.stem}: looking for codes", delay=2):
         stored = read_codes(folder, clip.name, with_arrays=False)
         if stored is None:
             continue
-        if stored.file != clip.file and still_means(stored, clip, dataset):
+        # The file that was encoded is preferred to another one that the clip's name fits, unless
+        # that has exactly this name. It may be gone, but not from another folder.
+        is_exact = clip.stamp and clip.file == clip.name
+        is_guess = stored.file != clip.file and not is_exact
+        encoded = dataset.audio_dir / stored.file
+        if is_guess and (stored.folder == clip.folder or os.path.isfile(encoded)):
             find_file(clip, dataset, stored.file)
         try:
             if may_use(stored, clip, settings, compare=False):
@@ -2072,8 +2051,8 @@ def encode_clips(
 
 def make_groups(clips: list[Clip], workers: int) -> list[list[Clip]]:
     """Cut clips into groups, in the order in which this process takes them."""
-    size = max(4, min(GROUP_CLIPS, len(clips) // workers))
-    if WORLD_SIZE > 1:  # a few clips are shared by all processes
+    size = max(4, min(GROUP_CLIPS, len(clips) // workers))  # few clips are shared evenly
+    if WORLD_SIZE > 1:
         size = max(1, min(GROUP_CLIPS, len(clips) // (8 * WORLD_SIZE)))
     groups = [clips[i : i + size] for i in range(0, len(clips), size)]
     first = len(groups) * RANK // WORLD_SIZE
@@ -2084,10 +2063,7 @@ def make_groups(clips: list[Clip], workers: int) -> list[list[Clip]]:
 
 
 def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
-    """Encode the clips that have no codes yet. Raises what encode_group raises.
-
-    No group is at work any more when it returns or raises.
-    """
+    """Encode the clips that have no codes yet. No group is at work any more when it ends."""
     missing = [clip for clip in dataset.clips if not clip.sha256 and not clip.error]
     first_rows = {}  # rows of one name share its codes
     for clip in missing:
@@ -2151,10 +2127,11 @@ class Job:
     @cached_property
     def made_with(self) -> dict[str, object]:
         """Settings that must match before a CSV may be replaced."""
-        names = [*DECIDE_CODES, "aggregate"]
-        if self.settings.whole:  # then it does not matter how chunks are cut
-            names = [name for name in names if name not in CHUNK_SETTINGS]
-        found = {name: getattr(self.settings, name) for name in names}
+        found = {}
+        for name in (*DECIDE_CODES, "aggregate"):
+            # Whole clips are not cut into chunks.
+            if not self.settings.whole or name not in CHUNK_SETTINGS:
+                found[name] = getattr(self.settings, name)
         found["weights"] = self.weights
         for name in ("metadata", "audio_dir"):
             path = getattr(self.settings, name)
@@ -2164,56 +2141,59 @@ class Job:
     @cached_property
     def codes_dir(self) -> Path:
         """The folder of the stored codes; its name ends in a hash of all that decides codes."""
-        settings, decides = self.settings, {"weights": self.weights, "format": CODES_FORMAT}
-        decides |= {name: self.made_with.get(name) for name in DECIDE_CODES}
+        settings = self.settings
+        decides = {"weights": self.weights, "format": CODES_FORMAT}
+        for name in DECIDE_CODES:
+            decides[name] = self.made_with.get(name)
         digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
         length = "whole" if settings.whole else f"{settings.target_duration:g}s"
         name = f"{settings.model}_{settings.bandwidth:g}kbps_{length}-{digest}"
         return settings.output_dir / f"codes_{self.dataset.stem}" / name
 
-    def read_record(self) -> dict:
-        """Read the JSON of the last run; it counts as empty if there is none, or it is unusable."""
-        try:
-            record = json.loads(self.output("tokenized", "json").read_text(encoding="utf-8"))
-            return record if isinstance(record, dict) else {}
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
-            return {}
-
 
 def refuse_to_lose_rows(job: Job, num_clips: int) -> None:
-    """Refuse to replace a CSV that holds other rows than this run's, or more than `num_clips`.
-
-    Raises UserError: it names what differs, and the ways out.
-    """
+    """Raise UserError if this run would change the rows of a CSV, or leave only `num_clips`."""
     if job.settings.overwrite or not job.csv_path.exists():
         return
-    record = job.read_record()
-    changes = []
-    try:
-        settings, num_before = record["settings"], int(record["total_samples_processed"])
-        if job.csv_path.stat().st_size not in record["csv_bytes"]:
-            raise ValueError
-        if settings["weights"] == UNTRAINED:
-            return
-        for name, value in job.made_with.items():
-            before = settings.get(name)
-            if before != value:
-                if name == "weights":  # 8 digits of a SHA-256 are enough to tell them apart
-                    before, value = before[:8], value if value == UNTRAINED else value[:8]
-                changes.append(f"--{name}: {before} -> {value}")
-        if num_before > num_clips:
-            changes.append(f"{num_before} clips -> {num_clips} clips: rows would be lost")
-            failed = [clip for clip in job.dataset.clips if clip.error]
-            changes += [f"  {clip.fname}: {clip.error}" for clip in failed[:3]]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        name = job.output("tokenized", "json").name
-        changes = [f"{name} does not describe it: it was edited, or another tool made it"]
+    changes = describe_changes(job, num_clips)
     if changes:
         raise UserError(
             "\n  ".join([f"{job.csv_path} is there, and this run would change it:", *changes])
             + "\nMove the CSV elsewhere, replace it with --overwrite, or choose\n"
             "another --output_dir, for which all clips are encoded anew."
         )
+
+
+def describe_changes(job: Job, num_clips: int) -> list[str]:
+    """Say how this run differs from the one that wrote the CSV; empty if rows may be replaced."""
+    path = job.output("tokenized", "json")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        settings = record["settings"]
+        is_untrained = settings["weights"] == UNTRAINED
+        num_before = int(record["total_samples_processed"])
+        is_described = job.csv_path.stat().st_size in record["csv_bytes"]
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        is_described = False
+    if not is_described:
+        return [f"{path.name} does not describe it: it was edited, or another tool made it"]
+    if is_untrained:
+        return []
+    changes = []
+    for name, value in job.made_with.items():
+        before = settings.get(name)
+        if before == value:
+            continue
+        if name == "weights":  # 8 digits of a SHA-256 are enough to tell them apart
+            before = str(before)[:8]
+            value = value if value == UNTRAINED else value[:8]
+        changes.append(f"--{name}: {before} -> {value}")
+    if num_before > num_clips:
+        changes.append(f"{num_before} clips -> {num_clips} clips: rows would be lost")
+        failed = [clip for clip in job.dataset.clips if clip.error]
+        for clip in failed[:3]:
+            changes.append(f"  {clip.fname}: {clip.error}")
+    return changes
 
 
 # The columns before the tokens. A new one is added here.
@@ -2237,7 +2217,9 @@ def rows_of(job: Job) -> Iterator[tuple[Clip, StoredCodes, list[Row]]]:
 
     Raises RunError: what is stored is not of the content that this run has seen.
     """
-    columns = COLUMNS | (CHUNK_COLUMNS if job.settings.aggregate == "none" else {})
+    columns = COLUMNS
+    if job.settings.aggregate == "none":
+        columns = COLUMNS | CHUNK_COLUMNS
     clips = [clip for clip in job.dataset.clips if clip.sha256]
     for clip in show_progress(clips, f"{job.dataset.stem}: writing", delay=2):
         stored = read_codes(job.codes_dir, clip.name)
@@ -2254,68 +2236,61 @@ def rows_of(job: Job) -> Iterator[tuple[Clip, StoredCodes, list[Row]]]:
         yield clip, stored, rows
 
 
-class ClipFacts(NamedTuple):
-    """What the summary and the picture need of each clip."""
-
-    clip: Clip
-    duration_sec: float
-    num_chunks: int
-    silent: bool
-
-
 class Totals:
     """Counts over all rows of the CSV."""
 
     def __init__(self) -> None:
-        self.clips: list[ClipFacts] = []
+        self.clips: list[Clip] = []
+        self.stored: list[StoredCodes] = []  # of these clips, without arrays
         self.shapes: Counter[tuple[int, ...]] = Counter()  # (K, F) of the rows
         self.code_counts = 0  # [K, 1024]: how often the chunks have each code
 
     def add(self, clip: Clip, stored: StoredCodes, num_rows: int) -> None:
-        self.clips.append(ClipFacts(clip, stored.duration_sec, stored.num_chunks, stored.silent))
+        self.clips.append(clip)
+        self.stored.append(replace(stored, arrays=None))
         self.shapes[stored.codes.shape[1:]] += num_rows
         books = stored.codes.swapaxes(0, 1)  # [K, N, F]
         counts = [np.bincount(book.ravel(), minlength=NUM_CODES) for book in books]
         self.code_counts += np.array(counts)
 
 
-def csv_writer(file: io.TextIOBase) -> object:
-    r"""Return a csv.writer whose lines end in "\n".
+@contextmanager
+def csv_writer(path: Path) -> Iterator[object]:
+    r"""Open a CSV file on the disk for writing; gives a csv.writer whose lines end in "\n".
 
-    It gets its default line ending, "\r\n", because csv.writer of Python before 3.11.9 quotes a
-    cell with a lone "\r" only then. Readers take an unquoted "\r" for the end of the row.
+    The writer has its default line ending, "\r\n", because csv.writer of Python before 3.11.9
+    quotes a cell with a lone "\r" only then. Readers take an unquoted "\r" for the end of the row.
     """
-
-    def write_line(line: str) -> None:
-        file.write(line.removesuffix("\r\n") + "\n")
-
-    return csv.writer(SimpleNamespace(write=write_line))
-
-
-def write_csv(job: Job, totals: Totals, path: Path) -> None:
-    """Write the rows, and fill in the totals. With --whole, all tokens are in one column."""
-    whole, has_header = job.settings.whole, False
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv_writer(file)
-        for clip, stored, rows in rows_of(job):
-            totals.add(clip, stored, len(rows))
-            for cells, codes in rows:
-                if not has_header:
-                    names = ["tokens"] if whole else [f"token_{i}" for i in range(codes.size)]
-                    writer.writerow([*cells, *names])
-                    has_header = True
-                tokens = codes.ravel().tolist()
-                if whole:
-                    tokens = [" ".join(map(str, tokens))]
-                writer.writerow([*cells.values(), *tokens])
+
+        def write_line(line: str) -> None:
+            file.write(line.removesuffix("\r\n") + "\n")
+
+        yield csv.writer(SimpleNamespace(write=write_line))
         file.flush()
         os.fsync(file.fileno())
 
 
+def write_csv(job: Job, totals: Totals, path: Path) -> None:
+    """Write the rows, and count them in `totals`. With --whole, all tokens are in one column."""
+    whole = job.settings.whole
+    with csv_writer(path) as writer:
+        for clip, stored, rows in rows_of(job):
+            if not totals.clips:  # the first one: the header comes before it
+                cells, codes = rows[0]
+                names = ["tokens"] if whole else [f"token_{i}" for i in range(codes.size)]
+                writer.writerow([*cells, *names])
+            totals.add(clip, stored, len(rows))
+            for cells, codes in rows:
+                tokens = codes.ravel().tolist()
+                if whole:
+                    tokens = [" ".join(map(str, tokens))]
+                writer.writerow([*cells.values(), *tokens])
+
+
 def write_failures(job: Job, _: Totals, path: Path) -> None:
     """Write the failed clips and their reasons."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv_writer(file)
+    with csv_writer(path) as writer:
         writer.writerow(["fname", "error"])
         for clip in job.dataset.clips:
             if clip.error:
@@ -2327,22 +2302,22 @@ def write_parquet(job: Job, _: Totals, path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    kinds = {}
+    kinds = {}  # of the further columns
     for name in job.dataset.clips[0].extra:
         kinds[name] = column_type([clip.extra[name] for clip in job.dataset.clips])
     types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
     types[np.ndarray] = pa.list_(pa.uint16())
     lines = parquet_lines(job, kinds)
-    first = next(lines)
-    schema = []
-    for name, cell in first.items():
+    batch = list(islice(lines, 1000))
+    columns = []
+    for name, cell in batch[0].items():
         kind = kinds.get(name, type(cell))
-        schema.append((name, types[kind]))
-    schema = pa.schema(schema)
-    lines = chain([first], lines)
+        columns.append((name, types[kind]))
+    schema = pa.schema(columns)
     with parquet.ParquetWriter(path, schema) as writer:
-        while batch := list(islice(lines, 1000)):
+        while batch:
             writer.write_table(pa.Table.from_pylist(batch, schema))
+            batch = list(islice(lines, 1000))
 
 
 def parquet_lines(job: Job, kinds: dict[str, type]) -> Iterator[dict[str, object]]:
@@ -2358,49 +2333,57 @@ def parquet_lines(job: Job, kinds: dict[str, type]) -> Iterator[dict[str, object
 
 def column_type(cells: list[str]) -> type:
     """Return int or float if all cells of a further column are such numbers (007 is text)."""
-    cells = set(cells) - {""}
+    filled = set(cells) - {""}
     decimal = r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][-+]?\d+)?"  # float64 has 15 digits
     for kind, pattern in {int: r"0|-?[1-9]\d{0,17}", float: decimal}.items():
-        if cells and all(re.fullmatch(pattern, cell) for cell in cells):
+        if filled and all(re.fullmatch(pattern, cell) for cell in filled):
             return kind
     return str
 
 
-def package_version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # it was copied here without its metadata
-        return "unknown"
+def machine_name(device: str) -> str:
+    if device == "cpu":
+        return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return torch.cuda.get_device_name(device)
+
+
+def package_versions() -> dict[str, str]:
+    found = {"script": __version__, "libsndfile": sf.__libsndfile_version__}
+    for name in PACKAGES:
+        if find_spec(name):
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:  # it was copied here without its metadata
+                found[name] = "unknown"
+    return found
 
 
 def summarize(job: Job, totals: Totals) -> dict[str, object]:
     """Collect what the JSON and the text summary say."""
-    clips, settings = totals.clips, job.settings
+    settings = job.settings
+    num_clips = len(totals.clips)
+    silent = [clip.fname for clip, stored in zip(totals.clips, totals.stored) if stored.silent]
     shares = totals.code_counts / totals.code_counts.sum(axis=1, keepdims=True)
     logs = np.log(np.where(shares > 0, shares, 1))
     lengths = sorted(math.prod(shape) for shape in totals.shapes.elements())
-    seconds = np.array([clip.duration_sec for clip in clips])
+    seconds = np.array([stored.duration_sec for stored in totals.stored])
+    num_chunks = [stored.num_chunks for stored in totals.stored]
     chunk_s = 0 if settings.whole else settings.target_duration
     padding = np.maximum(0, chunk_s - seconds)
-    machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    if settings.device != "cpu":
-        machine = torch.cuda.get_device_name(settings.device)
-    versions = {"script": __version__, "libsndfile": sf.__libsndfile_version__}
-    versions |= {name: package_version(name) for name in PACKAGES if find_spec(name)}
     return {
         "dataset": job.dataset.stem,
-        "total_samples_processed": len(clips),
-        "failed_clips": sum(bool(clip.error) for clip in job.dataset.clips),
+        "total_samples_processed": num_clips,
+        "failed_clips": len(job.dataset.clips) - num_clips,
         "rows": len(lengths),
-        "average_tokens_per_sample": round(sum(lengths) / len(clips), 1),
+        "average_tokens_per_sample": round(sum(lengths) / num_clips, 1),
         "tokens_per_row": {"least": lengths[0], "median": median(lengths), "most": lengths[-1]},
         "tokens_in_all": sum(lengths),
         "average_duration_sec": round(seconds.mean(), 2),
         "total_duration_sec": round(seconds.sum(), 1),
-        "average_chunks_per_clip": round(np.mean([clip.num_chunks for clip in clips]), 2),
+        "average_chunks_per_clip": round(np.mean(num_chunks), 2),
         "padded_clips": int((padding > 0).sum()),
         "total_padding_sec": round(float(padding.sum()), 1),
-        "silent_clips": [clip.clip.fname for clip in clips if clip.silent],
+        "silent_clips": silent,
         "token_shape_distribution": {str(shape): n for shape, n in totals.shapes.most_common()},
         "codes_in_use_are_counted_in": "all chunks, before they become rows",
         "codes_in_use_per_codebook": (totals.code_counts > 0).sum(axis=1).tolist(),
@@ -2410,16 +2393,14 @@ def summarize(job: Job, totals: Totals) -> dict[str, object]:
         "settings": job.made_with | {"max_duration": settings.max_duration},
         "weights_file": job.weights_file,
         "device": settings.device,
-        "machine": machine,
-        "versions": versions,
+        "machine": machine_name(settings.device),
+        "versions": package_versions(),
     }
 
 
 def write_record(job: Job, totals: Totals, path: Path) -> None:
-    """Write the JSON: what made this CSV.
-
-    It knows the size of the old and the new CSV, because a run may be killed between the renames.
-    """
+    """Write the JSON: what made this CSV."""
+    # It holds the sizes of the old and the new CSV: a run may be killed between the renames.
     new_csv = path.with_name(job.csv_path.name)  # both have temporary names in the same folder
     sizes = [file.stat().st_size for file in (new_csv, job.csv_path) if file.exists()]
     record = summarize(job, totals) | {"csv_bytes": sizes}
@@ -2436,8 +2417,9 @@ def write_summary(job: Job, totals: Totals, path: Path) -> None:
         label = name.replace("_sec", "_(s)").replace("_", " ").capitalize()
         if isinstance(fact, dict):
             items = [f"  {key}: {value}" for key, value in fact.items()]
-            more = [f"  and {len(items) - 15:,} more"] if len(items) > 15 else []
-            lines += [f"{label}:", *items[:15], *more]
+            lines += [f"{label}:", *items[:15]]
+            if len(items) > 15:
+                lines.append(f"  and {len(items) - 15:,} more")
         else:
             items = fact if isinstance(fact, list) else [fact]
             lines.append(f"{label}: {', '.join(map(str, items)) or 'none'}")
@@ -2448,41 +2430,40 @@ class Output(NamedTuple):
     """A file, or a folder, that a run writes."""
 
     path: Path
-    temporary: Path  # where it is written, in a folder of its own beside its place
+    temporary: Path  # where it is written first, in a new folder beside its place
     write: Callable[[Job, Totals, Path], None]
-    needs: str | None = None  # the package of an optional output; it may fail, the others may not
-    is_wanted: bool = True  # False: nobody asked for it, but one of an earlier run is there
+    needs: str | None = None  # the package of an optional output; if that fails, it is only noted
+    is_wanted: bool = True  # False: no flag asks for it, but one of an earlier run is there
     is_folder: bool = False
-
-
-UNFINISHED = ".unfinished-" + "[0-9a-f]" * 32  # the folders of temporary outputs, as a glob pattern
 
 
 def outputs_of(job: Job, with_failures: bool = True) -> list[Output]:
     """List the outputs in the order in which they are written. A new one is added here.
 
-    The CSV is written first, because the others tell what was counted on the way. They are put in
-    place in the reverse order: the JSON first, and the CSV last.
+    The CSV is written first, because the others tell what was counted on the way. They are renamed
+    in the reverse order: the JSON first, and the CSV last.
     """
+    settings = job.settings
+    picture = picture_path(job)
+    usual_picture = job.output("summary", "png")
+    wants_usual_picture = settings.plot is not None and picture == usual_picture
     folder = f".unfinished-{uuid.uuid4().hex}"
 
     def output(path: Path, *others: object) -> Output:
         return Output(path, path.parent / folder / path.name, *others)
 
-    outputs = [output(job.csv_path, write_csv)]
-    parquet, wants_parquet = job.output("tokenized", "parquet"), job.settings.parquet
-    if wants_parquet or os.path.isfile(parquet):
-        outputs.append(output(parquet, write_parquet, "pyarrow", wants_parquet))
-    pictures = {job.output("summary", "png"): False}
-    pictures[picture_path(job)] = job.settings.plot is not None
-    for picture, is_wanted in pictures.items():
-        if is_wanted or os.path.isfile(picture):
-            outputs.append(output(picture, write_picture, "matplotlib", is_wanted))
+    outputs = [
+        output(job.csv_path, write_csv),
+        output(job.output("tokenized", "parquet"), write_parquet, "pyarrow", settings.parquet),
+        output(usual_picture, write_picture, "matplotlib", wants_usual_picture),
+    ]
+    if picture != usual_picture:
+        outputs.append(output(picture, write_picture, "matplotlib"))
     if with_failures:
         outputs.append(output(job.output("failed", "csv"), write_failures))
     outputs.append(output(job.output("summary", "txt"), write_summary))
     outputs.append(output(job.output("tokenized", "json"), write_record))
-    return outputs
+    return [output for output in outputs if output.is_wanted or os.path.isfile(output.path)]
 
 
 def check_outputs(job: Job) -> None:
@@ -2504,59 +2485,44 @@ def check_outputs(job: Job) -> None:
             shutil.rmtree(output.temporary.parent, ignore_errors=True)
 
 
-def write_output(output: Output, job: Job, totals: Totals) -> None:
-    """Write an output under its temporary name. Raises OSError, with a path."""
-    if not output.is_wanted and not find_spec(output.needs):
-        raise ImportError(f"{output.needs} is not installed")
-    output.temporary.parent.mkdir(parents=True, exist_ok=True)
-    output.write(job, totals, output.temporary)
-
-
-def put_in_place(output: Output) -> None:
-    """Rename an output from its temporary name. An old folder, unlike a file, has to go first."""
-    if output.is_folder and output.path.is_dir():
-        output.path.rename(output.temporary.with_name("old"))
-    output.temporary.replace(output.path)
-
-
-def succeeds(output: Output, step: Callable[..., None], *others: object) -> bool:
-    """Do a step for an output. If that fails, say so if it is optional; raise the error if not."""
-    try:
-        step(output, *others)
-        return True
-    except Exception as error:
-        if not output.needs:
-            if isinstance(error, OSError) and not error.filename:  # as errors of writing are
-                raise OSError(error.errno, error.strerror, str(output.path)) from error
-            raise
-        old = " The file is of an earlier run." if output.path.exists() else ""
-        reason = str(error) or type(error).__name__
-        say(f"note: {output.path} could not be written: {reason}.{old}")
-        return False
+def report_failure(output: Output, error: Exception) -> None:
+    """Print why an optional output could not be written. Raises the error of any other output."""
+    if not output.needs:
+        if isinstance(error, OSError) and not error.filename:  # as errors of writing are
+            raise OSError(error.errno, error.strerror, str(output.path)) from error
+        raise error
+    old = " The file is of an earlier run." if output.path.exists() else ""
+    reason = str(error) or type(error).__name__
+    say(f"note: {output.path} could not be written: {reason}.{old}")
 
 
 def write_outputs(job: Job) -> int:
-    """Write every output under a temporary name, and put them in place when all are complete.
-
-    Returns the exit status: 1 if no clip could be tokenized, or an optional output not be written.
-    """
-    clips = job.dataset.clips
-    num_failed = sum(bool(clip.error) for clip in clips)
-    if num_failed == len(clips):
-        return tell_that_all_failed(job)
-    outputs, totals = outputs_of(job, with_failures=num_failed > 0), Totals()
+    """Write all outputs, and then rename them. Returns 1 if an optional one failed, otherwise 0."""
+    num_failed = sum(bool(clip.error) for clip in job.dataset.clips)
+    outputs = outputs_of(job, with_failures=num_failed > 0)
+    totals = Totals()
+    written = []
+    status = 0
     for folder in {output.path.parent for output in outputs}:
-        remove_old(folder, UNFINISHED)
+        remove_old(folder, ".unfinished-" + "[0-9a-f]" * 32)
     try:
-        written, status = [], 0
         for output in outputs:
-            if succeeds(output, write_output, job, totals):
+            if not output.is_wanted and not find_spec(output.needs):
+                report_failure(output, ImportError(f"{output.needs} is not installed"))
+                continue
+            try:
+                output.temporary.parent.mkdir(parents=True, exist_ok=True)
+                output.write(job, totals, output.temporary)
                 written.append(output)
-            elif output.is_wanted or find_spec(output.needs):
+            except Exception as error:
+                report_failure(output, error)
                 status = 1
         refuse_to_lose_rows(job, len(totals.clips))  # another run may have finished meanwhile
         for output in reversed(written):
-            if not succeeds(output, put_in_place):
+            try:
+                put_in_place(output)
+            except Exception as error:
+                report_failure(output, error)
                 status = 1
         if not num_failed:
             job.output("failed", "csv").unlink(missing_ok=True)
@@ -2567,20 +2533,27 @@ def write_outputs(job: Job) -> int:
     return status
 
 
-def tell_that_all_failed(job: Job) -> int:
-    """Say why no clip could be tokenized; the old outputs stay. Returns the exit status."""
-    clips, failed = job.dataset.clips, job.output("failed", "csv")
+def put_in_place(output: Output) -> None:
+    """Rename an output from its temporary name. An old folder, unlike a file, has to go first."""
+    if output.is_folder and output.path.is_dir():
+        output.path.rename(output.temporary.with_name("old"))
+    output.temporary.replace(output.path)
+
+
+def tell_that_all_failed(job: Job) -> None:
+    """Say why no clip could be tokenized. The old outputs stay."""
+    clips = job.dataset.clips
     more = f"{job.csv_path} stays as it is"
     if not job.csv_path.exists():
+        failed = job.output("failed", "csv")
         write_failures(job, Totals(), failed)
         more = f"all reasons: {failed}"
     reason = f"{clips[0].fname}: {clips[0].error}"
     say(f"error: none of {counted(len(clips), 'clip')} could be tokenized. {reason}; {more}")
-    return 1
 
 
 def tell_what_was_done(job: Job, totals: Totals) -> None:
-    num_done, num_rows = len(totals.clips), totals.shapes.total()
+    num_done = len(totals.clips)
     num_failed = len(job.dataset.clips) - num_done
     encoded = {clip.name for clip in job.dataset.clips if clip.encoded_s}
     num_new = sum(clip.name in encoded for clip in job.dataset.clips)  # rows may share a name
@@ -2591,19 +2564,18 @@ def tell_what_was_done(job: Job, totals: Totals) -> None:
         f"failed{see}. Summary: {job.output('summary', 'txt')}",
         flush=True,
     )
-    averages = sum(clip.num_chunks > 1 for clip in totals.clips)
+    averages = sum(stored.num_chunks > 1 for stored in totals.stored)
     if averages and job.settings.aggregate not in DECODABLE:
         say(
-            f"note: {averages:,} of {counted(num_rows, 'row')} are averages of several chunks, "
+            f"note: {averages:,} of {counted(num_done, 'row')} are averages of several chunks, "
             "which cannot be decoded; --whole or --aggregate none keep the codes"
         )
 
 
 def remove_old(folder: Path, pattern: str, remove: Callable[[Path], None] = shutil.rmtree) -> None:
-    """Remove what killed runs have left for a day; younger things may belong to a living one.
+    """Remove what killed runs left more than a day ago. Newer things may belong to a running one.
 
-    `pattern` is a glob that only our own names fit. `remove` fails, as it must, on other kinds of
-    things: rmtree on files, unlink on folders.
+    `pattern` is a glob. `remove` fails on things of another kind: rmtree on files, for example.
     """
     for path in folder.glob(pattern):
         with suppress(OSError):
@@ -2616,40 +2588,39 @@ def remove_old(folder: Path, pattern: str, remove: Callable[[Path], None] = shut
 
 def picture_path(job: Job) -> Path:
     """Return where --plot puts the picture, by default or under its name, below --output_dir."""
-    settings, default = job.settings, job.output("summary", "png")
+    settings = job.settings
     if not settings.plot:
-        return default
+        return job.output("summary", "png")
     path = settings.output_dir / settings.plot
     if settings.dataset == "both":
         path = path.with_name(f"{path.stem}_{job.dataset.stem}{path.suffix}")
-    return path if path.suffix else path.with_suffix(".png")
+    if not path.suffix:
+        path = path.with_suffix(".png")
+    return path
 
 
 def write_picture(job: Job, totals: Totals, path: Path) -> None:
-    """Draw durations, chunks and codes in use; below, a short, a median and a long clip.
-
-    The figure is as wide as a page (7.2 in), with text of 8 pt, and PDFs hold TrueType fonts.
-    """
+    """Draw durations, chunks and codes in use; below, a short, a median and a long clip."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    names = [["durations", "chunks", "books"], ["wave 0", "wave 1", "wave 2"]]
-    if job.settings.whole:  # each clip is one chunk
-        names[0][1] = "durations"
-    names.append(["codes 0", "codes 1", "codes 2"])
-    with rc_context({"font.size": 8, "axes.titlesize": 8, "pdf.fonttype": 42}):
-        figure = Figure(figsize=(7.2, 6.4), layout="constrained")
+    top = ["durations", "chunks", "books"]
+    if job.settings.whole:  # each clip is one chunk: the panel of durations is twice as wide
+        top = ["durations", "durations", "books"]
+    mosaic = [top, ["wave 0", "wave 1", "wave 2"], ["codes 0", "codes 1", "codes 2"]]
+    with rc_context({"font.size": 8, "axes.titlesize": 8, "pdf.fonttype": 42}):  # 42: TrueType
+        figure = Figure(figsize=(7.2, 6.4), layout="constrained")  # inches: a page's width
         title = f"{job.dataset.stem}: {job.codes_dir.name}, {job.weights_file or job.weights}"
         figure.suptitle(title, parse_math=False)
-        panels = figure.subplot_mosaic(names, height_ratios=(2, 1, 2))
+        panels = figure.subplot_mosaic(mosaic, height_ratios=(2, 1, 2))
         draw_totals(job, totals, panels)
-        by_duration = sorted(totals.clips, key=lambda clip: clip.duration_sec)
+        pairs = zip(totals.clips, totals.stored)
+        by_duration = sorted(pairs, key=lambda pair: pair[1].duration_sec)
         last = len(by_duration) - 1
         # The shortest and the longest clip of many are often odd ones.
         for column, at in enumerate((int(0.1 * last), last // 2, math.ceil(0.9 * last))):
-            draw_clip(
-                job, by_duration[at].clip, panels[f"wave {column}"], panels[f"codes {column}"]
-            )
+            clip, _ = by_duration[at]
+            draw_clip(job, clip, panels[f"wave {column}"], panels[f"codes {column}"])
         what = "each as a whole" if job.settings.whole else "each with the codes of its first chunk"
         figure.supxlabel(
             f"A short, a median and a long clip, {what}.\n"
@@ -2661,14 +2632,15 @@ def write_picture(job: Job, totals: Totals, path: Path) -> None:
 
 def draw_totals(job: Job, totals: Totals, panels: dict[str, object]) -> None:
     """Draw durations, chunks, and how many of its codes each codebook uses."""
-    seconds = [clip.duration_sec for clip in totals.clips]
+    seconds = [stored.duration_sec for stored in totals.stored]
     edges = np.geomspace(0.95 * min(seconds), 1.05 * max(seconds), 41)
     draw_histogram(panels["durations"], seconds, edges, "duration of a clip (s)")
     if not job.settings.whole:
-        chunks = [clip.num_chunks for clip in totals.clips]
+        chunks = [stored.num_chunks for stored in totals.stored]
         edges = np.unique(np.geomspace(1, max(chunks) + 1, 41).round()) - 0.5
         draw_histogram(panels["chunks"], chunks, edges, "chunks of a clip")
-    facts, books = summarize(job, totals), panels["books"]
+    facts = summarize(job, totals)
+    books = panels["books"]
     books.plot(facts["codes_in_use_per_codebook"], "o", label="in use")
     books.plot(facts["perplexity_per_codebook"], "o", label="perplexity")
     books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes", ylim=(0, None))
@@ -2689,31 +2661,34 @@ def draw_histogram(panel: object, values: list[float], edges: np.ndarray, label:
 
 def shorten(text: str, width: int) -> str:
     """Cut a long text at its beginning: the end of a path tells more."""
-    return text if len(text) <= width else "\N{HORIZONTAL ELLIPSIS}" + text[1 - width :]
+    if len(text) <= width:
+        return text
+    return "\N{HORIZONTAL ELLIPSIS}" + text[1 - width :]
 
 
-def draw_clip(job: Job, clip: Clip, wave: object, tokens: object) -> None:
+def draw_clip(job: Job, clip: Clip, wave_panel: object, codes_panel: object) -> None:
     """Draw a clip's first chunk, and below it the codes of that chunk; padding is grey."""
-    settings, stored = replace(job.settings, device="cpu"), read_codes(job.codes_dir, clip.name)
+    settings = job.settings
+    stored = read_codes(job.codes_dir, clip.name)
     chunk_s = stored.duration_sec if settings.whole else settings.target_duration
     try:
-        chunk = split_chunks(load_sound(clip.path, None, settings), settings)[1][0]
-        wave.plot(np.linspace(0, chunk_s, chunk.shape[1]), chunk[0], color="black", linewidth=0.4)
+        _, chunks = split_chunks(load_sound(clip.path, None, settings), settings)
+        samples = chunks[0][0]
+        seconds = np.linspace(0, chunk_s, len(samples))
+        wave_panel.plot(seconds, samples, color="black", linewidth=0.4)
     except (BadClip, OSError) as reason:
         say(f"note: the picture shows no waveform of {clip.fname}: {reason}")
     name = f"{shorten(clip.fname, 20)}, {stored.duration_sec:.2f} s"
-    title = f"{name}\n{shorten(clip.labels, 30)}"
-    wave.set_title(title, parse_math=False)
-    wave.set(xlim=(0, chunk_s), ylim=(-1, 1), ylabel="full scale")
+    wave_panel.set_title(f"{name}\n{shorten(clip.labels, 30)}", parse_math=False)
+    wave_panel.set(xlim=(0, chunk_s), ylim=(-1, 1), ylabel="full scale")
     codes = stored.codes[0]  # [K, F]
     extent = (0, chunk_s, len(codes) - 0.5, -0.5)
     look = {"cmap": "nipy_spectral", "vmin": 0, "vmax": NUM_CODES - 1, "interpolation": "nearest"}
-    tokens.imshow(codes, aspect="auto", extent=extent, **look)
-    tokens.set(xlabel="time (s)", ylabel="codebook")
-    for panel in (wave, tokens):
-        panel.axvspan(
-            min(stored.duration_sec, chunk_s), chunk_s, color="0.5", alpha=0.4, linewidth=0
-        )
+    codes_panel.imshow(codes, aspect="auto", extent=extent, **look)
+    codes_panel.set(xlabel="time (s)", ylabel="codebook")
+    padding = (min(stored.duration_sec, chunk_s), chunk_s)
+    for panel in (wave_panel, codes_panel):
+        panel.axvspan(*padding, color="0.5", alpha=0.4, linewidth=0)
 
 
 # ---------------------------------------------------------------------------------------------- run
@@ -2745,16 +2720,18 @@ def run(settings: Settings) -> int:
     torch.set_num_threads(1)  # for every thread: no sum depends on the number of cores
     settings = resolve_device(settings)
     datasets = find_datasets(settings)
-    path = find_weights(settings)
-    model, weights = load_model(settings, path)
-    jobs = [Job(settings, dataset, weights, path.name if path else None) for dataset in datasets]
+    weights_path = find_weights(settings)
+    model, weights = load_model(settings, weights_path)
+    weights_file = weights_path.name if weights_path else None
+    jobs = [Job(settings, dataset, weights, weights_file) for dataset in datasets]
+    clips = []
     for job in jobs:
         prepare(job)
+        clips += job.dataset.clips
     if weights == UNTRAINED:
         warning = f"WARNING: UNTRAINED WEIGHTS. {UNTRAINED_WARNING}"
         say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
     encoder = make_encoder(model, settings)
-    clips = [clip for job in jobs for clip in job.dataset.clips]
     try:
         for job in jobs:
             encode_dataset(job.dataset, job.codes_dir, encoder)
@@ -2769,7 +2746,11 @@ def run(settings: Settings) -> int:
     status = 0
     for job in jobs:
         try:
-            status = max(status, write_outputs(job))
+            if all(clip.error for clip in job.dataset.clips):
+                tell_that_all_failed(job)
+                status = max(status, 1)
+            else:
+                status = max(status, write_outputs(job))
         except UserError as refusal:  # the other dataset is written all the same
             say(f"error: {refusal}")
             status = refusal.status
@@ -2777,7 +2758,7 @@ def run(settings: Settings) -> int:
 
 
 def prepare(job: Job) -> None:
-    """Find the clips that are finished, and make sure that the others can be. Raises UserError."""
+    """Find the clips that have codes, and check that the run can finish. Raises UserError."""
     clips = job.dataset.clips
     num_gone = find_codes(job.dataset, job.codes_dir, job.settings)
     num_missing = sum(clip.error.startswith(NO_FILE) for clip in clips)
@@ -2809,13 +2790,13 @@ def interrupt(number: int, _: object) -> None:
 def main(argv: list[str] | None = None, settings: Settings | None = None) -> int:
     """Run a command line (default: the process's own), or its settings. Returns the exit status.
 
-    0: finished, failed clips are listed. 1: nothing could be tokenized, an optional output could
-    not be written, or the run broke. 2: usage, dataset or weights not found, a CSV would lose rows.
-    130, 143: interrupted.
+    0: finished. 1: no clip could be tokenized, an output could not be written, or the run broke.
+    2: the user has to change something first. 130, 143: interrupted.
     """
     settings = settings or parse_settings(argv)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which macOS reports as leaked
-    previous, num_threads = {}, torch.get_num_threads()
+    num_threads = torch.get_num_threads()
+    previous = {}
     with redirect_stdout(SafeStream(sys.stdout)), redirect_stderr(SafeStream(sys.stderr)):
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
