@@ -1324,7 +1324,7 @@ class Encoder:
         self.mixes_lengths = self.causal and self.fixed_shapes
         self.hop = int(model.encoder.hop_length)
         count = model.quantizer.get_num_quantizers_for_bandwidth(model.frame_rate, model.bandwidth)
-        self.codebooks = []  # of each [1024, D]: itself, its double, and its negative square norms
+        self.codebooks = []  # [1024, D] each, with its double and its negative squared norms
         for layer in model.quantizer.vq.layers[:count]:
             book = layer.codebook
             self.codebooks.append((book, 2 * book, -book.pow(2).sum(1)))
@@ -1349,7 +1349,7 @@ class Encoder:
         pool = one_core_pool(self.threads, os.getpid())
         delay = max(1, 4 // size)
         waiting = deque()
-        places = [[] for _ in chunks]  # of each segment of a chunk: its batch's Future, and its row
+        places = [[] for _ in chunks]  # a batch's Future and a row in it, for each segment
         for step in range(len(batches) + delay):
             if step < len(batches):
                 audio = [segment for _, segment in batches[step]]
@@ -1365,11 +1365,11 @@ class Encoder:
             yield np.concatenate(codes, axis=1), torch.cat(latents, dim=1)
 
     def batch_key(self, segment: tuple[int, torch.Tensor]) -> int:
-        """Return what the segments of a batch have in common: their length, if it matters."""
+        """Return the key that the segments of a batch share: 0, or their length if it matters."""
         return 0 if self.mixes_lengths else segment[1].shape[1]
 
     def task(self, function: Callable, argument: object, threads: int = 1) -> object:
-        """Call a function in the pool, with so many threads for PyTorch."""
+        """Call a function in the pool. PyTorch may use `threads` threads for it."""
         if self.stopped:
             raise RunError("the encoder was stopped")
         torch.set_num_threads(threads)
@@ -1597,7 +1597,7 @@ class GpuEncoder(Encoder):
     pieces_at_once = 16
 
     def start_convolving(self, pool: ThreadPoolExecutor, segments: list[torch.Tensor]) -> list:
-        return segments  # all is done in `convolved`
+        return segments  # `convolved` does all the work
 
     def filled_length(self, piece: tuple[int, torch.Tensor, int]) -> int:
         """Return the number of samples that a piece is filled up to."""
@@ -1660,7 +1660,7 @@ def tokenize(sound: object, encoder: Encoder, rate: object = None) -> object:
     sounds = several_sounds(sound)
     if sounds is None:
         return tokenize([sound], encoder, rate)[0]
-    chunks = []  # of each sound
+    chunks = []  # a list for each sound
     for number, one in enumerate(sounds):
         try:
             audio = load_sound(one, rate, encoder.settings)
@@ -1790,7 +1790,7 @@ GROUP_SECONDS = 120  # seconds of audio that a group holds at a time, but at lea
 
 @dataclass(frozen=True, kw_only=True)
 class StoredCodes:
-    """What is stored of a clip: an .npz of arrays, whose comment holds the other fields as JSON.
+    """The codes and facts of a clip: an .npz of arrays, with the facts as JSON in its comment.
 
     Give a new field a default: without one, all clips are encoded anew.
     """
@@ -1826,7 +1826,7 @@ def codes_path(folder: Path, name: str) -> Path:
 
 
 def read_codes(folder: Path, name: str, with_arrays: bool = True) -> StoredCodes | None:
-    """Read what is stored of a clip. None if it is missing or damaged."""
+    """Read the codes and facts of a clip. Returns None if they are missing or damaged."""
     path = codes_path(folder, name)
     try:
         data = path.read_bytes()
@@ -1849,7 +1849,7 @@ def read_codes(folder: Path, name: str, with_arrays: bool = True) -> StoredCodes
 
 
 def write_codes(folder: Path, name: str, stored: StoredCodes) -> None:
-    """Write what is stored of a clip, atomically.
+    """Write the codes and facts of a clip, atomically.
 
     Raises BadClip: the file system does not take the clip's name. OSError, with the path: any other
     fault.
@@ -1959,7 +1959,7 @@ def check_unchanged(clip: Clip) -> None:
 def load_clip(
     clip: Clip, folder: Path, settings: Settings
 ) -> tuple[StoredCodes, list[torch.Tensor]]:
-    """Read a clip's file: returns what will be stored of it besides codes, and its chunks [C, T].
+    """Read a clip's file. Returns the facts to store, without codes, and its chunks [C, T].
 
     Raises BadClip: the clip is at fault. OSError, with its path: the machine is at fault.
     """
@@ -1985,7 +1985,7 @@ def load_clip(
 
 
 def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
-    """Load, encode and store some clips. Each then has its content's checksum, or an error.
+    """Load, encode and store some clips: sets `sha256` or `error` of each.
 
     Raises RunError: a file is gone. OSError: the machine is at fault.
     """
@@ -2140,7 +2140,7 @@ class Job:
 
     @cached_property
     def codes_dir(self) -> Path:
-        """The folder of the stored codes; its name ends in a hash of all that decides codes."""
+        """The folder of the stored codes. Its name ends in a hash of all that decides them."""
         settings = self.settings
         decides = {"weights": self.weights, "format": CODES_FORMAT}
         for name in DECIDE_CODES:
@@ -2213,9 +2213,9 @@ Row = tuple[dict[str, object], np.ndarray]  # the cells by column, and the codes
 
 
 def rows_of(job: Job) -> Iterator[tuple[Clip, StoredCodes, list[Row]]]:
-    """Yield the tokenized clips in the table's order, each with what is stored of it and its rows.
+    """Yield the tokenized clips in the table's order, each with its stored codes and its rows.
 
-    Raises RunError: what is stored is not of the content that this run has seen.
+    Raises RunError: the codes are not those of the content that this run has seen.
     """
     columns = COLUMNS
     if job.settings.aggregate == "none":
@@ -2302,7 +2302,7 @@ def write_parquet(job: Job, _: Totals, path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    kinds = {}  # of the further columns
+    kinds = {}  # further column -> type of its cells
     for name in job.dataset.clips[0].extra:
         kinds[name] = column_type([clip.extra[name] for clip in job.dataset.clips])
     types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
@@ -2699,8 +2699,8 @@ class SafeStream:
 
     def __init__(self, stream: io.TextIOBase | None) -> None:
         self.stream = stream or open(os.devnull, "w")  # None if it was closed
-        if isinstance(stream, io.TextIOWrapper):  # a notebook's is none
-            with suppress(OSError):  # it flushes
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's stream is of another kind
+            with suppress(OSError):  # reconfigure flushes
                 stream.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
 
     def write(self, text: str) -> None:
