@@ -51,7 +51,7 @@ import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from fractions import Fraction
@@ -1169,19 +1169,21 @@ def untrained_model(name: str) -> EncodecModel:
 
 # -------------------------------------------------------------------------------------------- codes
 
-# A frame of the causal model depends on the 478 samples before it (each convolution's left padding
-# times the strides before it, added up). So a piece of audio that begins two frames early needs
-# nothing of the piece before it.
+# The 24 kHz model is causal: a frame depends on 478 samples before it (the left padding of each
+# convolution times the strides before it, added up). So a piece of audio that begins two frames
+# early can be convolved without the piece before it.
 LEAD_FRAMES = 2
 PIECE_FRAMES = 75
+# The samples [C, T] of a part of a segment, and how many of its first frames are such a lead.
+Piece = tuple[torch.Tensor, int]
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def elu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """ELU as max(x, exp(min(x, 0)) - 1).
 
-    torch's own uses an expm1 that is several times slower for minutes at a time on some hosts. On
-    Linux with AVX-512, NumPy's expm1 is Intel's SVML, which is faster than torch's exp.
+    torch's own ELU uses an expm1 that is several times slower for minutes at a time on some hosts.
+    On Linux with AVX-512, NumPy's expm1 is Intel's SVML, which is faster than torch's exp.
     """
     out = torch.clamp(x, max=0, out=out)
     if AVX512 and sys.platform == "linux" and x.device.type == "cpu":
@@ -1192,7 +1194,7 @@ def elu(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear; oneDNN computes it on CPUs with AVX-512, which MKL, the default, ignores on AMD."""
+    """F.linear, by oneDNN on CPUs with AVX-512: PyTorch's default, MKL, ignores it on AMD."""
     if AVX512 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -1200,26 +1202,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 @lru_cache
 def one_core_pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Return this process's threads that encode, one core each: no sum depends on their number.
+    """Return this process's pool of encoding threads, one for each core.
 
-    `process` is os.getpid(): a forked process has none of its parent's threads.
+    `process` is os.getpid(), because a forked process has none of its parent's threads.
     """
     return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def batched(items: list, size: int, key: Callable) -> Iterator[list]:
     """Yield consecutive items with the same key, at most `size` at a time."""
-    for _, same in groupby(items, key):
-        same = list(same)
-        for first in range(0, len(same), size):
-            yield same[first : first + size]
-
-
-class Piece(NamedTuple):
-    """A part of a segment, to be convolved by itself."""
-
-    samples: torch.Tensor  # [C, T]
-    lead: int  # of its frames: the first ones, which belong to the piece before it
+    for _, same_key in groupby(items, key):
+        while batch := list(islice(same_key, size)):
+            yield batch
 
 
 class Encoder:
@@ -1227,16 +1221,17 @@ class Encoder:
 
     A chunk is cut into the segments that EncodecModel encodes at a time, and a segment into pieces,
     which are convolved independently. Then a batch of segments goes through the LSTM, the last
-    convolution and the codebooks. It is filled up with zeros to one fixed shape, so that codes do
-    not depend on what they are encoded with.
+    convolution and the codebooks. The batch always has one shape, with zeros in free places, so
+    that codes do not depend on what they are encoded with.
 
-    The subclasses say how pieces are convolved. An encoder can be pickled; one for a CPU can be
-    used by the forked workers of a DataLoader.
+    Subclasses convolve the pieces: `start_convolving` takes the segments [C, T] of a batch, and
+    `convolved` turns what that returns into the LSTM's input [F, 512] of each segment. An encoder
+    can be pickled; one for a CPU can be used by the forked workers of a DataLoader.
     """
 
     threads: int
-    lstm_frames: int  # that go through the LSTM at a time
-    fixed_shapes: bool  # fill up the last of these, too, and quantize all rows of a batch
+    lstm_frames: int  # frames that go through the LSTM at a time
+    fixed_shapes: bool  # also fill up the last of these frames, and quantize a whole batch at once
 
     def __init__(self, model: EncodecModel, settings: Settings) -> None:
         for module in model.encoder.modules():
@@ -1244,26 +1239,28 @@ class Encoder:
                 torch.nn.utils.remove_weight_norm(module)
         self.model = model
         self.settings = settings
-        self.stopped = False  # True: whatever is still queued fails at once
+        self.stopped = False  # True: tasks that are still queued fail at once
         model.encoder.to(settings.device)
         model.quantizer.to(settings.device)
-        *convolutions, lstm, _, self.last_convolution = model.encoder.model
+        *convolutions, lstm, _, last_convolution = model.encoder.model
         self.convolutions = torch.nn.Sequential(*convolutions)
         self.lstm = lstm.lstm
+        self.last_convolution = last_convolution
+        self.causal = last_convolution.causal
+        if self.causal:  # pad_start does the padding
+            self.last_convolution = last_convolution.conv.conv
+        # The causal model does not see zeros behind a segment, so lengths can be mixed.
+        self.mixes_lengths = self.causal and self.fixed_shapes
         self.hop = int(model.encoder.hop_length)
-        self.causal = self.last_convolution.causal
         count = model.quantizer.get_num_quantizers_for_bandwidth(model.frame_rate, model.bandwidth)
-        books = [layer.codebook for layer in model.quantizer.vq.layers[:count]]  # [1024, D] each
-        self.codebooks = [(book, 2 * book, -book.pow(2).sum(1)) for book in books]
+        self.codebooks = []  # [1024, D] each, with its double and its negative squared norms
+        for layer in model.quantizer.vq.layers[:count]:
+            book = layer.codebook
+            self.codebooks.append((book, 2 * book, -book.pow(2).sum(1)))
 
     def encode(self, chunks: list[torch.Tensor]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """Encode chunks [C, T]; yields the codes [K, F], uint16, and the latents [D, F] of each.
-
-        The pool is first in, first out, and a batch is queued after the pieces of the next one (of
-        more, if batches are smaller than 4). So it rarely waits for its own pieces, and its LSTM,
-        which is bound by memory, runs beside convolutions, which are bound by the cores.
-        """
-        segments = []
+        """Encode chunks [C, T]; yields the codes [K, F], uint16, and the latents [D, F] of each."""
+        segments = []  # the number of the chunk, and the samples
         for number, chunk in enumerate(chunks):
             # The 24 kHz model takes a chunk whole, the 48 kHz model 1 s at a time, overlapping.
             length = self.model.segment_length or chunk.shape[1]
@@ -1271,31 +1268,31 @@ class Encoder:
                 segments.append((number, chunk[:, start : start + length]))
         segments.sort(key=lambda segment: -segment[1].shape[1])  # those of a chunk stay in order
         size = self.settings.batch_size
+        batches = list(batched(segments, size, key=self.batch_key))
+        # The pool is first in, first out. A batch goes in after the pieces of the next one (or of
+        # several small ones). So it rarely waits for its own pieces, and its LSTM, which is bound
+        # by memory, runs beside convolutions, which are bound by the cores.
         pool = one_core_pool(self.threads, os.getpid())
-        places = [[] for _ in chunks]  # of a chunk's segments: a batch's Future, and the row in it
+        delay = max(1, 4 // size)
         waiting = deque()
-
-        def queue_oldest_batch() -> None:
-            numbers, started = waiting.popleft()
-            future = pool.submit(self.task, self.quantize_batch, started)
-            for row, number in enumerate(numbers):
-                places[number].append((future, row))
-
-        for batch in batched(segments, size, key=self.batch_key):
-            numbers, audio = zip(*batch)
-            waiting.append((numbers, self.start_convolving(pool, audio)))
-            if len(waiting) > max(1, 4 // size):
-                queue_oldest_batch()
-        while waiting:
-            queue_oldest_batch()
-        for of_chunk in places:
-            rows = [future.result()[row] for future, row in of_chunk]
-            codes, latents = zip(*rows)
+        places = [[] for _ in chunks]  # a batch's Future and a row in it, for each segment
+        for step in range(len(batches) + delay):
+            if step < len(batches):
+                audio = [segment for _, segment in batches[step]]
+                waiting.append(self.start_convolving(pool, audio))
+            if step >= delay:
+                oldest = waiting.popleft()
+                future = pool.submit(self.task, self.quantize_batch, oldest)
+                for row, (number, _) in enumerate(batches[step - delay]):
+                    places[number].append((future, row))
+        for places_of_chunk in places:
+            results = [future.result()[row] for future, row in places_of_chunk]
+            codes, latents = zip(*results)
             yield np.concatenate(codes, axis=1), torch.cat(latents, dim=1)
 
     def batch_key(self, segment: tuple[int, torch.Tensor]) -> int:
-        """Segments with the same key can share a batch: here those of one length."""
-        return segment[1].shape[1]
+        """Return the key that the segments of a batch share: 0, or their length if it matters."""
+        return 0 if self.mixes_lengths else segment[1].shape[1]
 
     def task(self, function: Callable, argument: object) -> object:
         """Call a function in the pool."""
@@ -1307,28 +1304,20 @@ class Encoder:
     def cut_segment(self, segment: torch.Tensor) -> list[Piece]:
         """Cut a segment [C, T] into pieces. A last, incomplete frame is a piece of its own.
 
-        The 48 kHz model looks ahead and normalizes over time, so its segments are one piece. So are
+        The 48 kHz model looks ahead and normalizes over time, so its segments are not cut. Nor are
         segments of less than three frames: the reflection that pads their start reaches their end.
         """
         complete, rest = divmod(segment.shape[1], self.hop)
         if not self.causal or complete < 3:
-            return [Piece(segment, 0)]
+            return [(segment, 0)]
         pieces = []
         for first in range(0, complete, PIECE_FRAMES):
             lead = LEAD_FRAMES if first else 0
             end = min(first + PIECE_FRAMES, complete)
-            pieces.append(Piece(segment[:, (first - lead) * self.hop : end * self.hop], lead))
+            pieces.append((segment[:, (first - lead) * self.hop : end * self.hop], lead))
         if rest:
-            pieces.append(Piece(segment[:, (complete - LEAD_FRAMES) * self.hop :], LEAD_FRAMES))
+            pieces.append((segment[:, (complete - LEAD_FRAMES) * self.hop :], LEAD_FRAMES))
         return pieces
-
-    def start_convolving(self, pool: ThreadPoolExecutor, segments: list[torch.Tensor]) -> list:
-        """Prepare segments [C, T] for `convolved`, and queue what can be done already."""
-        raise NotImplementedError
-
-    def convolved(self, started: list) -> list[torch.Tensor]:
-        """Return the LSTM's input [F, 512] of each segment of `start_convolving`."""
-        raise NotImplementedError
 
     def normalized(self, segment: torch.Tensor) -> torch.Tensor:
         """Divide a segment [C, T] by its loudness, if the model does (see EncodecModel)."""
@@ -1339,12 +1328,14 @@ class Encoder:
     def quantize_batch(self, started: list) -> list[tuple[np.ndarray, torch.Tensor]]:
         """Return the codes [K, F] and the latents [D, F] of each segment of a batch."""
         segments = self.convolved(started)
-        lengths = [len(segment) for segment in segments]  # the first is the longest
-        last, state, context = self.last_convolution, None, None
-        codes, latents = [], []
+        lengths = list(map(len, segments))  # the first is the longest
+        state = None
+        context = None
+        codes = []
+        latents = []
         for at in range(0, lengths[0], self.lstm_frames):
             num_frames = min(lengths[0] - at, self.lstm_frames)
-            if self.fixed_shapes and self.causal:
+            if self.mixes_lengths:
                 num_frames = self.lstm_frames
             x = torch.zeros(num_frames, self.settings.batch_size, 512, device=self.settings.device)
             for row, segment in enumerate(segments):
@@ -1353,15 +1344,16 @@ class Encoder:
             y, state = self.lstm(x, state)
             y = elu(y.add_(x)).permute(1, 2, 0)  # [B, 512, F]
             if self.causal:
-                last = self.last_convolution.conv.conv
                 y, context = self.pad_start(y, lengths, context)
             if self.fixed_shapes:
-                y = last(y)
+                y = self.last_convolution(y)
             else:  # oneDNN's rounding depends on the number of rows
-                y = torch.cat([last(one[None]) for one in y[: len(segments)]])
+                rows = y[: len(segments)]
+                y = torch.cat([self.last_convolution(row[None]) for row in rows])
             codes.append(self.quantize(y))
             latents.append(y.cpu())
-        codes, latents = np.concatenate(codes, axis=2), torch.cat(latents, dim=2)
+        codes = np.concatenate(codes, axis=2)
+        latents = torch.cat(latents, dim=2)
         rows = enumerate(lengths)
         return [(codes[row, :, :length], latents[row, :, :length]) for row, length in rows]
 
@@ -1370,10 +1362,11 @@ class Encoder:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the context before the causal last convolution's input [B, 512, F].
 
-        Returns that, and its end, which is the next context. The first one is a reflection, as in
-        EncodecModel's pad1d, which puts zeros behind a segment that is too short for it.
+        Returns that, and its end, which is the next context. The first context (None) is a
+        reflection, as in EncodecModel's pad1d, which puts zeros behind a segment that is too short
+        for it.
         """
-        width = self.last_convolution.conv.conv.kernel_size[0] - 1
+        width = self.last_convolution.kernel_size[0] - 1
         if context is None:
             for row, length in zip(x, lengths):
                 row[:, length:] = 0
@@ -1394,8 +1387,8 @@ class Encoder:
                 codes.append(linear(residual, doubled, minus_squared).max(dim=1).indices)
                 residual = residual - book[codes[-1]]
             parts.append(torch.stack(codes))
-        codes = torch.cat(parts, dim=1).view(len(self.codebooks), len(latents), -1).transpose(0, 1)
-        return codes.cpu().numpy().astype(np.uint16)
+        codes = torch.cat(parts, dim=1).view(len(self.codebooks), len(latents), -1)  # [K, B, F]
+        return codes.transpose(0, 1).cpu().numpy().astype(np.uint16)
 
 
 class FastConv:
@@ -1407,10 +1400,13 @@ class FastConv:
     """
 
     def __init__(self, module: SConv1d, after_elu: bool) -> None:
-        conv, norm = module.conv.conv, module.conv.norm
-        self.kernel, self.stride, self.after_elu = conv.kernel_size[0], conv.stride[0], after_elu
-        self.weight, self.bias = conv.weight.detach(), conv.bias.detach()  # [C', C, kernel], [C']
-        self.norm = norm if isinstance(norm, torch.nn.GroupNorm) else None
+        conv = module.conv.conv
+        self.after_elu = after_elu
+        self.kernel = conv.kernel_size[0]
+        self.stride = conv.stride[0]
+        self.weight = conv.weight.detach()  # [C', C, kernel]
+        self.bias = conv.bias.detach()  # [C']
+        self.norm = module.conv.norm  # GroupNorm of one group, or Identity
         if self.kernel == 1:
             self.weight = self.weight[:, :, 0].contiguous()  # [C', C]
         elif self.kernel == 2 * self.stride:
@@ -1418,16 +1414,19 @@ class FastConv:
             self.weight = halves.transpose(0, 1).contiguous()  # [2, C', stride * C]
         else:
             self.weight = self.weight[:, :, None].contiguous(memory_format=torch.channels_last)
-        # SConv1d pads in this way: a causal model all to the left, another the odd sample.
+        # SConv1d pads a causal model on the left only. Otherwise the odd sample goes to the left.
         total = self.kernel - self.stride
         self.right = 0 if module.causal else total // 2
         self.left = total - self.right
 
     def pad(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, C] after its ELU, reflected at both ends, to whole strides."""
-        length, left, right = len(x), self.left, self.right + -len(x) % self.stride
+        """Apply the ELU to [T, C], and reflect both ends, to whole strides."""
+        length = len(x)
+        left = self.left
+        right = self.right + -length % self.stride
         if length <= max(left, right):  # too short: EnCodec appends zeros first
-            x = elu(x) if self.after_elu else x
+            if self.after_elu:
+                x = elu(x)
             return pad1d(x.T[None], (left, right), "reflect")[0].T.contiguous()
         padded = x.new_empty(left + length + right, x.shape[1])
         body = padded[left : left + length]
@@ -1442,16 +1441,19 @@ class FastConv:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, C] -> [ceil(T / stride), C']"""
         if self.kernel == 1:
-            y = linear(elu(x) if self.after_elu else x, self.weight, self.bias)
+            if self.after_elu:
+                x = elu(x)
+            y = linear(x, self.weight, self.bias)
         elif self.kernel == 2 * self.stride:
             strides = self.pad(x).view(-1, self.stride * x.shape[1])
             y = linear(strides[:-1], self.weight[0], self.bias)
             y += linear(strides[1:], self.weight[1])
         else:
             y = F.conv2d(self.pad(x).T[None, :, None], self.weight, self.bias)[0, :, 0].T
-        if self.norm is None:
+        if not isinstance(self.norm, torch.nn.GroupNorm):
             return y
-        mean, flat = y.mean(), y.reshape(-1)  # GroupNorm of one group
+        mean = y.mean()
+        flat = y.reshape(-1)
         variance = (flat.dot(flat) / len(flat) - mean * mean).clamp(min=0)
         scale = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
         return torch.addcmul(self.norm.bias - mean * scale, y, scale, out=y)
@@ -1464,11 +1466,7 @@ def residual_block(
 
 
 class CpuEncoder(Encoder):
-    """Convolves each piece on a core of its own: its activations fit the cache, a batch's do not.
-
-    The LSTM reads all its weights at every step, which the segments of a batch share; batches of 4
-    are as fast as larger ones.
-    """
+    """Convolves each piece on its own core: its activations fit the cache, a batch's do not."""
 
     threads = THREADS
     lstm_frames = 1500  # more take more memory, and are no faster
@@ -1489,7 +1487,6 @@ class CpuEncoder(Encoder):
             after_elu = isinstance(module, torch.nn.ELU)
 
     def start_convolving(self, pool: ThreadPoolExecutor, segments: list[torch.Tensor]) -> list:
-        """See Encoder."""
         started = []
         for segment in segments:
             pieces = self.cut_segment(segment)
@@ -1497,14 +1494,17 @@ class CpuEncoder(Encoder):
         return started
 
     def convolve(self, piece: Piece) -> torch.Tensor:
-        x = self.normalized(piece.samples).T.contiguous()  # [T, C]
+        samples, lead = piece
+        x = self.normalized(samples).T.contiguous()  # [T, C]
         for layer in self.layers:
             x = layer(x)
-        return x[piece.lead :]
+        return x[lead:]
 
     def convolved(self, started: list[list[Future]]) -> list[torch.Tensor]:
-        """See Encoder."""
-        return [torch.cat([future.result() for future in futures]) for futures in started]
+        segments = []
+        for futures in started:
+            segments.append(torch.cat([future.result() for future in futures]))
+        return segments
 
 
 class GpuEncoder(Encoder):
@@ -1521,51 +1521,46 @@ class GpuEncoder(Encoder):
     fixed_shapes = True
     pieces_at_once = 16
 
-    def batch_key(self, segment: tuple[int, torch.Tensor]) -> int:
-        """See Encoder. The causal model does not see the zeros behind a segment."""
-        return 0 if self.causal else super().batch_key(segment)
-
     def start_convolving(self, pool: ThreadPoolExecutor, segments: list[torch.Tensor]) -> list:
-        """See Encoder."""
-        pieces = []
-        for row, segment in enumerate(segments):
-            pieces += [(row, piece) for piece in self.cut_segment(segment)]
-        return pieces
+        return segments  # `convolved` does all the work
 
-    def filled_length(self, piece: tuple[int, Piece]) -> int:
-        """Return the number of samples that a piece of complete frames is filled up to."""
-        length = piece[1].samples.shape[1]
-        if self.causal and length % self.hop == 0 and length >= 3 * self.hop:
+    def filled_length(self, piece: tuple[int, torch.Tensor, int]) -> int:
+        """Return the number of samples that a piece is filled up to."""
+        length = piece[1].shape[1]
+        has_whole_frames = length % self.hop == 0 and length >= 3 * self.hop
+        if self.causal and has_whole_frames:
             return (LEAD_FRAMES + PIECE_FRAMES) * self.hop
         return length
 
-    def convolved(self, started: list[tuple[int, Piece]]) -> list[torch.Tensor]:
-        """See Encoder."""
-        rows = defaultdict(list)
+    def convolved(self, started: list[torch.Tensor]) -> list[torch.Tensor]:
+        pieces = []  # the number of the segment, the samples, and the lead
+        for row, segment in enumerate(started):
+            for samples, lead in self.cut_segment(segment):
+                pieces.append((row, samples, lead))
         # The longest come first, and so the pieces of a segment stay in order.
-        pieces = sorted(started, key=self.filled_length, reverse=True)
+        pieces.sort(key=self.filled_length, reverse=True)
+        parts = defaultdict(list)
         for group in batched(pieces, self.pieces_at_once, key=self.filled_length):
-            channels = len(group[0][1].samples)
+            channels = len(group[0][1])
             x = torch.zeros(self.pieces_at_once, channels, self.filled_length(group[0]))
-            for place, (_, piece) in enumerate(group):
-                x[place, :, : piece.samples.shape[1]] = self.normalized(piece.samples)
+            for place, (_, samples, _) in enumerate(group):
+                x[place, :, : samples.shape[1]] = self.normalized(samples)
             y = self.convolutions(x.to(self.settings.device)).transpose(1, 2)  # [B, F, 512]
-            for place, (row, piece) in enumerate(group):
-                end = math.ceil(piece.samples.shape[1] / self.hop)
-                rows[row].append(y[place, piece.lead : end])
-        return [torch.cat(rows[row]) for row in sorted(rows)]
+            for place, (row, samples, lead) in enumerate(group):
+                end = math.ceil(samples.shape[1] / self.hop)
+                parts[row].append(y[place, lead:end])
+        return [torch.cat(parts[row]) for row in sorted(parts)]
 
 
 def make_encoder(model: EncodecModel, settings: Settings) -> Encoder:
     """Return the encoder for the device of settings from resolve_device."""
-    return CpuEncoder(model, settings) if settings.device == "cpu" else GpuEncoder(model, settings)
+    if settings.device == "cpu":
+        return CpuEncoder(model, settings)
+    return GpuEncoder(model, settings)
 
 
 def load_encoder(settings: Settings) -> Encoder:
-    """Find, load and set up the weights, for `tokenize` and `decode`.
-
-    Raises UserError: see find_weights.
-    """
+    """Find, load and set up the weights, for `tokenize` and `decode`. Raises UserError."""
     settings = resolve_device(settings)
     model, weights = load_model(settings, find_weights(settings))
     if weights == UNTRAINED:
@@ -1588,21 +1583,24 @@ def tokenize(sound: object, encoder: Encoder, rate: object = None) -> object:
     call tokenize for one file at a time and catch BadClip.
     """
     sounds = several_sounds(sound)
-    chunks = []
-    for number, one in enumerate([sound] if sounds is None else sounds):
+    if sounds is None:
+        return tokenize([sound], encoder, rate)[0]
+    chunks = []  # a list for each sound
+    for number, one in enumerate(sounds):
         try:
             audio = load_sound(one, rate, encoder.settings)
         except (BadClip, ValueError) as error:
-            kind = BadClip if isinstance(error, BadClip) else ValueError
             name = one if isinstance(one, (str, os.PathLike)) else f"sound {number}"
+            kind = BadClip if isinstance(error, BadClip) else ValueError
             raise kind(f"{name}: {error}") from error
-        chunks.append(split_chunks(audio, encoder.settings)[1])
-    encoded = encoder.encode([chunk for parts in chunks for chunk in parts])
-    codes = []
-    for parts in chunks:
-        codes_of_one = [next(encoded)[0] for _ in parts]
-        codes.append(np.stack(codes_of_one).astype(np.int64))
-    return codes[0] if sounds is None else codes
+        _, chunks_of_one = split_chunks(audio, encoder.settings)
+        chunks.append(chunks_of_one)
+    encoded = encoder.encode(list(chain.from_iterable(chunks)))
+    found = []
+    for chunks_of_one in chunks:
+        codes, _ = zip(*islice(encoded, len(chunks_of_one)))
+        found.append(np.stack(codes).astype(np.int64))
+    return found
 
 
 def decode(codes: np.ndarray, encoder: Encoder) -> tuple[np.ndarray, int]:
@@ -1618,7 +1616,8 @@ def decode(codes: np.ndarray, encoder: Encoder) -> tuple[np.ndarray, int]:
 
     Raises ValueError: the codes are not of this model.
     """
-    model, codes = encoder.model, np.asarray(codes)
+    model = encoder.model
+    codes = np.asarray(codes)
     most = model.quantizer.n_q
     if codes.ndim != 3 or not codes.size or codes.shape[1] > most:
         shape = f"[chunks, codebooks, frames] with at most {most} codebooks"
@@ -1636,7 +1635,7 @@ def decode(codes: np.ndarray, encoder: Encoder) -> tuple[np.ndarray, int]:
 
 
 def split_segments(codes: torch.Tensor, model: EncodecModel) -> list[torch.Tensor]:
-    """Split the codes [K, F] of a chunk into those of the segments that EncodecModel.encode cut."""
+    """Split the codes [K, F] of a chunk into those of its segments in EncodecModel.encode."""
     if model.segment_length is None:  # 24 kHz: one segment
         return [codes]
     *segments, last = codes.split(150, dim=1)  # the frames of a segment of 1 s
@@ -1650,13 +1649,14 @@ def split_segments(codes: torch.Tensor, model: EncodecModel) -> list[torch.Tenso
 
 
 def several_sounds(sound: object) -> list | None:
-    """Return the sounds of a list, or of what can stand for one; None for a single sound."""
+    """Return several sounds as a list; None for a single sound."""
     if hasattr(sound, "to_numpy"):  # a Series
         sound = sound.to_numpy()
     if isinstance(sound, np.ndarray) and sound.ndim == 1 and sound.dtype.kind in "OUT":
         return sound.tolist()  # texts or objects
-    if isinstance(sound, (list, tuple, Iterator)) and not isinstance(sound, io.IOBase):
-        return list(sound)  # but a file gives lines
+    is_file = isinstance(sound, io.IOBase)  # an iterator of lines
+    if isinstance(sound, (list, tuple, Iterator)) and not is_file:
+        return list(sound)
     return None
 
 
@@ -1698,30 +1698,26 @@ def convert_samples(samples: object) -> torch.Tensor:
     """Return an array or a tensor as a tensor in float32. Raises BadClip: it holds no floats."""
     if isinstance(samples, torch.Tensor):
         samples = samples.detach().cpu()
-        is_float = samples.is_floating_point()
-    else:
-        samples = np.asarray(samples)
-        is_float = samples.dtype.kind == "f"
-    if not is_float:
+        if samples.is_floating_point():
+            samples = samples.float()  # NumPy has no bfloat16
+    samples = np.asarray(samples)
+    if samples.dtype.kind != "f":
         raise BadClip(f"{samples.dtype} samples: give floats, integers divided by their full scale")
-    if isinstance(samples, np.ndarray):
-        # A plain copy, for PyTorch takes no long doubles, swapped bytes or negative strides.
-        samples = torch.from_numpy(samples.astype(np.float32))
-    return samples.float()
+    # A plain copy, for PyTorch takes no long doubles, swapped bytes or negative strides.
+    return torch.from_numpy(samples.astype(np.float32))
 
 
 # -------------------------------------------------------------------------------------------- store
 
 GROUP_CLIPS = 16  # clips that are loaded and encoded together, at most
-GROUP_SECONDS = 120  # of audio that a group holds at a time, but at least one clip
+GROUP_SECONDS = 120  # seconds of audio that a group holds at a time, but at least one clip
 
 
-# A new field without a default makes all stored codes absent.
 @dataclass(frozen=True, kw_only=True)
 class StoredCodes:
-    """What is stored of a clip: an .npz of arrays, whose comment holds the other fields as JSON.
+    """The codes and facts of a clip: an .npz of arrays, with the facts as JSON in its comment.
 
-    An array is parsed when it is first used, which takes 0.1 ms.
+    Give a new field a default: without one, all clips are encoded anew.
     """
 
     file: str  # path below the audio folder
@@ -1734,21 +1730,20 @@ class StoredCodes:
     made_with: str  # the hash at the end of the folder's name
     arrays: Mapping[str, np.ndarray] | None = field(default=None, compare=False)
 
-    # The codes of the N chunks: [N, K, F], uint16.
-    codes = cached_property(lambda stored: stored.arrays["codes"])
+    # Each array is parsed when it is first used, which takes 0.1 ms.
+    codes = cached_property(lambda self: self.arrays["codes"])  # of the chunks: [N, K, F], uint16
     # The codes of the mean of the chunks' latents: [K, F], uint16.
-    mean_latent_codes = cached_property(lambda stored: stored.arrays["mean_latent_codes"])
+    mean_latent_codes = cached_property(lambda self: self.arrays["mean_latent_codes"])
     # The chunk whose latents are nearest to that mean (Euclidean).
-    medoid = cached_property(lambda stored: int(stored.arrays["medoid"]))
-    # Where the chunks start: [N].
-    start_sec = cached_property(lambda stored: stored.arrays["start_sec"].tolist())
+    medoid = cached_property(lambda self: int(self.arrays["medoid"]))
+    start_sec = cached_property(lambda self: self.arrays["start_sec"].tolist())  # of the chunks
 
 
 FACTS = [field.name for field in fields(StoredCodes) if field.name != "arrays"]
 
 
 def codes_path(folder: Path, name: str) -> Path:
-    """Return where the codes of the clip of that name are stored, or will be."""
+    """Return the path of a clip's codes, whether they are there or not."""
     above, _, last = name.rpartition("/")
     if len(os.fsencode(last)) > 240:
         last = hashlib.sha256(os.fsencode(last)).hexdigest()
@@ -1756,46 +1751,45 @@ def codes_path(folder: Path, name: str) -> Path:
 
 
 def read_codes(folder: Path, name: str, with_arrays: bool = True) -> StoredCodes | None:
-    """Read what is stored of a clip. None if it is missing or damaged."""
+    """Read the codes and facts of a clip. Returns None if they are missing or damaged."""
     path = codes_path(folder, name)
     try:
         data = path.read_bytes()
     except OSError as error:
-        reason_or_raise(error, path)  # raises the machine's
+        reason_or_raise(error, path)  # an error of the machine is raised
         return None
     if data[-8:] != b"%08x" % zlib.crc32(memoryview(data)[:-8]):
         return None
     try:
-        # The comment follows 22 bytes that begin so, and JSON has no control characters.
+        # The comment follows the zip's last record, of 22 bytes. JSON cannot contain its signature.
         comment = data[data.rindex(b"PK\5\6") + 22 : -8]
         stored = StoredCodes(**json.loads(comment))
     except (TypeError, ValueError):  # TypeError: another version has written other fields
         return None
     if stored.made_with != folder.name.rpartition("-")[2]:
         return None
-    return replace(stored, arrays=np.load(io.BytesIO(data))) if with_arrays else stored
+    if with_arrays:
+        stored = replace(stored, arrays=np.load(io.BytesIO(data)))
+    return stored
 
 
-def pack_codes(stored: StoredCodes) -> bytes:
-    """Return a clip's .npz file. It ends in its comment, which ends in the CRC of all before it."""
-    file = io.BytesIO()  # np.savez seeks back, which some disks do not allow
+def write_codes(folder: Path, name: str, stored: StoredCodes) -> None:
+    """Write the codes and facts of a clip, atomically.
+
+    Raises BadClip: the file system does not take the clip's name. OSError, with the path: any other
+    fault.
+    """
+    file = io.BytesIO()  # np.savez seeks back, and some disks can only append
     np.savez_compressed(file, **stored.arrays)
     facts = {name: getattr(stored, name) for name in FACTS}
     with zipfile.ZipFile(file, "a") as archive:
         archive.comment = json.dumps(facts).encode() + bytes(8)
     data = file.getvalue()[:-8]
-    return data + b"%08x" % zlib.crc32(data)
-
-
-def write_codes(folder: Path, name: str, stored: StoredCodes) -> None:
-    """Write what is stored of a clip in one atomic step, and by one write: some disks only append.
-
-    Raises BadClip: the file system does not take the clip's name. OSError, with the path: any other
-    fault.
-    """
-    path, temporary = codes_path(folder, name), folder / f"{uuid.uuid4().hex}.tmp"
+    data += b"%08x" % zlib.crc32(data)  # the comment ends in the CRC of all before it
+    path = codes_path(folder, name)
+    temporary = folder / f"{uuid.uuid4().hex}.tmp"
     try:
-        temporary.write_bytes(pack_codes(stored))
+        temporary.write_bytes(data)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(path)
@@ -1811,14 +1805,13 @@ def write_codes(folder: Path, name: str, stored: StoredCodes) -> None:
 
 
 def may_use(stored: StoredCodes, clip: Clip, settings: Settings, compare: bool) -> bool:
-    """Tell whether the codes that are stored under a clip's name are those of its file.
+    """Tell whether the codes that are stored under a clip's name can be used for its file.
 
-    They are if the file is gone, or has the stamp that it had. Otherwise, as after a copy, its
-    content decides, which is read only if `compare`.
+    They can if the file is gone, or its stamp is unchanged. With `compare` they can also if its
+    content is unchanged, as after a copy.
     Raises BadClip: the clip is too long, or its file cannot be read.
     """
-    is_gone = clip.error.startswith(NO_FILE)
-    usable = is_gone or clip.stamp == stored.stamp
+    usable = clip.error.startswith(NO_FILE) or clip.stamp == stored.stamp
     if not usable and compare:
         try:
             usable = sha256_of(clip.path) == stored.sha256
@@ -1829,58 +1822,53 @@ def may_use(stored: StoredCodes, clip: Clip, settings: Settings, compare: bool) 
     return usable
 
 
-def still_means(stored: StoredCodes, clip: Clip, dataset: Dataset) -> bool:
-    """Tell whether a clip's name means the file that was encoded, there or not, and no other.
-
-    It does not if the name is there as it stands, nor in another audio folder without that file.
-    """
-    if clip.stamp and clip.file == clip.name:
-        return False
-    return stored.folder == clip.folder or os.path.isfile(dataset.audio_dir / stored.file)
-
-
 def find_codes(dataset: Dataset, folder: Path, settings: Settings) -> int:
-    """Find the clips whose codes are stored; returns how many files of theirs are gone.
-
-    What a name meant when it was encoded counts more than a file that it fits now.
-    """
+    """Find the clips whose codes are stored; returns how many of their files are gone."""
     num_gone = 0
     for clip in show_progress(dataset.clips, f"{dataset.stem}: looking for codes", delay=2):
         stored = read_codes(folder, clip.name, with_arrays=False)
         if stored is None:
             continue
-        if stored.file != clip.file and still_means(stored, clip, dataset):
+        # The file that was encoded is preferred to another one that the clip's name fits, unless
+        # that has exactly this name. It may be gone, but not from another folder.
+        is_exact = clip.stamp and clip.file == clip.name
+        is_guess = stored.file != clip.file and not is_exact
+        encoded = dataset.audio_dir / stored.file
+        if is_guess and (stored.folder == clip.folder or os.path.isfile(encoded)):
             find_file(clip, dataset, stored.file)
         try:
             if may_use(stored, clip, settings, compare=False):
-                num_gone += not clip.stamp
-                clip.sha256, clip.error = stored.sha256, ""
+                clip.sha256 = stored.sha256
+                clip.error = ""
+                if not clip.stamp:
+                    num_gone += 1
         except BadClip as reason:
             clip.error = str(reason)
     return num_gone
 
 
-def show_progress(clips: list[Clip], what: str, **options: object) -> tqdm:
+def show_progress(clips: list[Clip], what: str, delay: float = 0) -> tqdm:
     """Return a bar over clips: it moves on a terminal, and writes a line a minute to a log file."""
-    options |= {"mininterval": 0.1 if sys.stderr.isatty() else 60, "miniters": 0}
-    return tqdm(clips, desc=what, unit="clip", position=LOCAL_RANK, **options)
+    interval = 0.1 if sys.stderr.isatty() else 60
+    options = {"unit": "clip", "position": LOCAL_RANK, "mininterval": interval, "miniters": 0}
+    return tqdm(clips, desc=what, delay=delay, **options)
 
 
 def look_again(clip: Clip, folder: Path, settings: Settings) -> StoredCodes | None:
-    """Look again for a clip's codes: another process may have made them since find_codes.
+    """Look again for a clip's codes, and compare contents. For errors see may_use.
 
-    Codes of another content are removed, so that they never come back. For errors see may_use.
+    Another process may have written codes since find_codes. Codes of another content are removed.
     """
     stored = read_codes(folder, clip.name)
     while stored and not may_use(stored, clip, settings, compare=True):
-        now = read_codes(folder, clip.name)
-        if now == stored:
+        compared = stored
+        stored = read_codes(folder, clip.name)
+        if stored == compared:  # else another process has just replaced them
             check_unchanged(clip)
             codes_path(folder, clip.name).unlink(missing_ok=True)
             return None
-        stored = now  # another process has just written these
     if stored and stored.stamp != clip.stamp:
-        with suppress(OSError, BadClip):  # it only saves the next run this comparison
+        with suppress(OSError, BadClip):  # the new stamp only saves the next run this comparison
             check_unchanged(clip)
             now = replace(stored, file=clip.file, folder=clip.folder, stamp=clip.stamp)
             write_codes(folder, clip.name, now)
@@ -1888,15 +1876,15 @@ def look_again(clip: Clip, folder: Path, settings: Settings) -> StoredCodes | No
 
 
 def check_unchanged(clip: Clip) -> None:
-    """Raise BadClip if a clip's file is not as the run has found it (some disks change inodes)."""
-    if file_stamp(clip.path)[:3] != clip.stamp[:3]:
+    """Raise BadClip if a clip's file has changed since the run found it."""
+    if file_stamp(clip.path)[:3] != clip.stamp[:3]:  # without inodes, which some disks change
         raise BadClip("the file changed while it was read; the next run tries it again")
 
 
 def load_clip(
     clip: Clip, folder: Path, settings: Settings
 ) -> tuple[StoredCodes, list[torch.Tensor]]:
-    """Read a clip's file: returns what will be stored of it besides codes, and its chunks [C, T].
+    """Read a clip's file. Returns the facts to store, without codes, and its chunks [C, T].
 
     Raises BadClip: the clip is at fault. OSError, with its path: the machine is at fault.
     """
@@ -1922,12 +1910,13 @@ def load_clip(
 
 
 def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
-    """Load, encode and keep some clips. Each ends with its content's checksum, or with an error.
+    """Load, encode and store some clips: sets `sha256` or `error` of each.
 
-    The codes of GROUP_SECONDS of audio are made together.
     Raises RunError: a file is gone. OSError: the machine is at fault.
     """
-    settings, loaded, seconds = encoder.settings, [], 0.0
+    settings = encoder.settings
+    loaded = []
+    seconds = 0.0
     for clip in group:
         if encoder.stopped:
             return
@@ -1951,7 +1940,8 @@ def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
             continue
         if loaded and seconds + stored.duration_sec > GROUP_SECONDS:
             encode_clips(loaded, folder, encoder)
-            loaded, seconds = [], 0.0
+            loaded = []
+            seconds = 0.0
         loaded.append((clip, stored, chunks))
         seconds += stored.duration_sec
     encode_clips(loaded, folder, encoder)
@@ -1960,8 +1950,11 @@ def encode_group(group: list[Clip], folder: Path, encoder: Encoder) -> None:
 def encode_clips(
     loaded: list[tuple[Clip, StoredCodes, list[torch.Tensor]]], folder: Path, encoder: Encoder
 ) -> None:
-    """Encode clips of load_clip together, and keep their codes. Raises OSError: see write_codes."""
-    encoded = encoder.encode([chunk for _, _, chunks in loaded for chunk in chunks])
+    """Encode clips of load_clip together, and store their codes. For errors see write_codes."""
+    all_chunks = []
+    for _, _, chunks in loaded:
+        all_chunks += chunks
+    encoded = encoder.encode(all_chunks)
     for clip, stored, chunks in loaded:
         codes, latents = zip(*islice(encoded, len(chunks)))
         arrays = {"codes": np.stack(codes), "mean_latent_codes": codes[0], "medoid": 0}
@@ -1972,7 +1965,8 @@ def encode_clips(
             arrays["medoid"] = int((latents - mean).pow(2).sum(dim=(1, 2)).argmin())
         try:
             write_codes(folder, clip.name, replace(stored, arrays=stored.arrays | arrays))
-            clip.sha256, clip.encoded_s = stored.sha256, stored.duration_sec
+            clip.sha256 = stored.sha256
+            clip.encoded_s = stored.duration_sec
         except BadClip as reason:
             clip.error = str(reason)
         if encoder.settings.debug:
@@ -1980,29 +1974,32 @@ def encode_clips(
             say(f"{clip.fname} [{clip.labels}]: {what}")
 
 
-def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
-    """Encode the clips that have no codes yet. Raises what encode_group raises.
+def make_groups(clips: list[Clip], workers: int) -> list[list[Clip]]:
+    """Cut clips into groups, in the order in which this process takes them."""
+    size = max(4, min(GROUP_CLIPS, len(clips) // workers))  # few clips are shared evenly
+    if WORLD_SIZE > 1:
+        size = max(1, min(GROUP_CLIPS, len(clips) // (8 * WORLD_SIZE)))
+    groups = [clips[i : i + size] for i in range(0, len(clips), size)]
+    first = len(groups) * RANK // WORLD_SIZE
+    end = len(groups) * (RANK + 1) // WORLD_SIZE
+    # Its own share comes first. Then it helps the others, from the end of the share before its own,
+    # because the process of that share starts at the beginning.
+    return groups[first:end] + groups[:first][::-1] + groups[end:][::-1]
 
-    No group is at work any more when it returns or raises.
-    """
-    clips, settings, started = dataset.clips, encoder.settings, time.monotonic()
-    first_rows = {}  # rows of one file share its codes
-    for clip in clips:
-        if not clip.sha256 and not clip.error:
-            first_rows.setdefault(clip.name, clip)
-    files = list(first_rows.values())
-    if not files:
+
+def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
+    """Encode the clips that have no codes yet. No group is at work any more when it ends."""
+    missing = [clip for clip in dataset.clips if not clip.sha256 and not clip.error]
+    first_rows = {}  # rows of one name share its codes
+    for clip in missing:
+        first_rows.setdefault(clip.name, clip)
+    if not missing:
         return
-    # Few clips are shared evenly: by the groups at work, or by all processes.
-    shares, fewest = (settings.workers, 4) if WORLD_SIZE == 1 else (8 * WORLD_SIZE, 1)
-    size = max(fewest, min(GROUP_CLIPS, len(files) // shares))
-    groups = [files[i : i + size] for i in range(0, len(files), size)]
-    # Its own share comes first. Then it helps the others, beginning with the end of the share
-    # before its own, so that it meets that owner late.
-    first, end = len(groups) * RANK // WORLD_SIZE, len(groups) * (RANK + 1) // WORLD_SIZE
-    groups = groups[first:end] + groups[:first][::-1] + groups[end:][::-1]
-    bar = show_progress(None, dataset.stem, total=len(clips), miniters=0)
-    pool = ThreadPoolExecutor(settings.workers, initializer=torch.set_num_threads, initargs=(1,))
+    workers = encoder.settings.workers
+    groups = make_groups(list(first_rows.values()), workers)
+    started = time.monotonic()
+    bar = show_progress(dataset.clips, dataset.stem)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         at_work = {pool.submit(encode_group, group, folder, encoder) for group in groups}
         while at_work:
@@ -2010,18 +2007,18 @@ def encode_dataset(dataset: Dataset, folder: Path, encoder: Encoder) -> None:
             done, at_work = wait(at_work, 1, FIRST_EXCEPTION)
             for future in done:
                 future.result()
-            update_progress(bar, clips, started)
+            update_progress(bar, dataset.clips, started)
     except BaseException:
         encoder.stopped = True
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-        update_progress(bar, clips, started)
+        update_progress(bar, dataset.clips, started)
         bar.close()
-    for clip in clips:
-        if not clip.sha256 and not clip.error:
-            encoded = first_rows[clip.name]
-            clip.sha256, clip.error = encoded.sha256, encoded.error
+    for clip in missing:
+        encoded = first_rows[clip.name]
+        clip.sha256 = encoded.sha256
+        clip.error = encoded.error
 
 
 def update_progress(bar: tqdm, clips: list[Clip], started: float) -> None:
@@ -2055,10 +2052,11 @@ class Job:
     @cached_property
     def made_with(self) -> dict[str, object]:
         """Settings that must match before a CSV may be replaced."""
-        names = [*DECIDE_CODES, "aggregate"]
-        if self.settings.whole:  # then it does not matter how chunks are cut
-            names = [name for name in names if name not in CHUNK_SETTINGS]
-        found = {name: getattr(self.settings, name) for name in names}
+        found = {}
+        for name in (*DECIDE_CODES, "aggregate"):
+            # Whole clips are not cut into chunks.
+            if not self.settings.whole or name not in CHUNK_SETTINGS:
+                found[name] = getattr(self.settings, name)
         found["weights"] = self.weights
         for name in ("metadata", "audio_dir"):
             path = getattr(self.settings, name)
@@ -2067,57 +2065,60 @@ class Job:
 
     @cached_property
     def codes_dir(self) -> Path:
-        """The folder of the stored codes; its name ends in a hash of all that decides codes."""
-        settings, decides = self.settings, {"weights": self.weights, "format": CODES_FORMAT}
-        decides |= {name: self.made_with.get(name) for name in DECIDE_CODES}
+        """The folder of the stored codes. Its name ends in a hash of all that decides them."""
+        settings = self.settings
+        decides = {"weights": self.weights, "format": CODES_FORMAT}
+        for name in DECIDE_CODES:
+            decides[name] = self.made_with.get(name)
         digest = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
         length = "whole" if settings.whole else f"{settings.target_duration:g}s"
         name = f"{settings.model}_{settings.bandwidth:g}kbps_{length}-{digest}"
         return settings.output_dir / f"codes_{self.dataset.stem}" / name
 
-    def read_record(self) -> dict:
-        """Read the JSON of the last run; it counts as empty if there is none, or it is unusable."""
-        try:
-            record = json.loads(self.output("tokenized", "json").read_text(encoding="utf-8"))
-            return record if isinstance(record, dict) else {}
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
-            return {}
-
 
 def refuse_to_lose_rows(job: Job, num_clips: int) -> None:
-    """Refuse to replace a CSV that holds other rows than this run's, or more than `num_clips`.
-
-    Raises UserError: it names what differs, and the ways out.
-    """
+    """Raise UserError if this run would change the rows of a CSV, or leave only `num_clips`."""
     if job.settings.overwrite or not job.csv_path.exists():
         return
-    record = job.read_record()
-    changes = []
-    try:
-        settings, num_before = record["settings"], int(record["total_samples_processed"])
-        if job.csv_path.stat().st_size not in record["csv_bytes"]:
-            raise ValueError
-        if settings["weights"] == UNTRAINED:
-            return
-        for name, value in job.made_with.items():
-            before = settings.get(name)
-            if before != value:
-                if name == "weights":  # 8 digits of a SHA-256 are enough to tell them apart
-                    before, value = before[:8], value if value == UNTRAINED else value[:8]
-                changes.append(f"--{name}: {before} -> {value}")
-        if num_before > num_clips:
-            changes.append(f"{num_before} clips -> {num_clips} clips: rows would be lost")
-            failed = [clip for clip in job.dataset.clips if clip.error]
-            changes += [f"  {clip.fname}: {clip.error}" for clip in failed[:3]]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        name = job.output("tokenized", "json").name
-        changes = [f"{name} does not describe it: it was edited, or another tool made it"]
+    changes = describe_changes(job, num_clips)
     if changes:
         raise UserError(
             "\n  ".join([f"{job.csv_path} is there, and this run would change it:", *changes])
             + "\nMove the CSV elsewhere, replace it with --overwrite, or choose\n"
             "another --output_dir, for which all clips are encoded anew."
         )
+
+
+def describe_changes(job: Job, num_clips: int) -> list[str]:
+    """Say how this run differs from the one that wrote the CSV; empty if rows may be replaced."""
+    path = job.output("tokenized", "json")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        settings = record["settings"]
+        is_untrained = settings["weights"] == UNTRAINED
+        num_before = int(record["total_samples_processed"])
+        is_described = job.csv_path.stat().st_size in record["csv_bytes"]
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        is_described = False
+    if not is_described:
+        return [f"{path.name} does not describe it: it was edited, or another tool made it"]
+    if is_untrained:
+        return []
+    changes = []
+    for name, value in job.made_with.items():
+        before = settings.get(name)
+        if before == value:
+            continue
+        if name == "weights":  # 8 digits of a SHA-256 are enough to tell them apart
+            before = str(before)[:8]
+            value = value if value == UNTRAINED else value[:8]
+        changes.append(f"--{name}: {before} -> {value}")
+    if num_before > num_clips:
+        changes.append(f"{num_before} clips -> {num_clips} clips: rows would be lost")
+        failed = [clip for clip in job.dataset.clips if clip.error]
+        for clip in failed[:3]:
+            changes.append(f"  {clip.fname}: {clip.error}")
+    return changes
 
 
 # The columns before the tokens. A new one is added here.
@@ -2137,11 +2138,13 @@ Row = tuple[dict[str, object], np.ndarray]  # the cells by column, and the codes
 
 
 def rows_of(job: Job) -> Iterator[tuple[Clip, StoredCodes, list[Row]]]:
-    """Yield the tokenized clips in the table's order, each with what is stored of it and its rows.
+    """Yield the tokenized clips in the table's order, each with its stored codes and its rows.
 
-    Raises RunError: what is stored is not of the content that this run has seen.
+    Raises RunError: the codes are not those of the content that this run has seen.
     """
-    columns = COLUMNS | (CHUNK_COLUMNS if job.settings.aggregate == "none" else {})
+    columns = COLUMNS
+    if job.settings.aggregate == "none":
+        columns = COLUMNS | CHUNK_COLUMNS
     clips = [clip for clip in job.dataset.clips if clip.sha256]
     for clip in show_progress(clips, f"{job.dataset.stem}: writing", delay=2):
         stored = read_codes(job.codes_dir, clip.name)
@@ -2158,68 +2161,61 @@ def rows_of(job: Job) -> Iterator[tuple[Clip, StoredCodes, list[Row]]]:
         yield clip, stored, rows
 
 
-class ClipFacts(NamedTuple):
-    """What the summary and the picture need of each clip."""
-
-    clip: Clip
-    duration_sec: float
-    num_chunks: int
-    silent: bool
-
-
 class Totals:
     """Counts over all rows of the CSV."""
 
     def __init__(self) -> None:
-        self.clips: list[ClipFacts] = []
+        self.clips: list[Clip] = []
+        self.stored: list[StoredCodes] = []  # of these clips, without arrays
         self.shapes: Counter[tuple[int, ...]] = Counter()  # (K, F) of the rows
         self.code_counts = 0  # [K, 1024]: how often the chunks have each code
 
     def add(self, clip: Clip, stored: StoredCodes, num_rows: int) -> None:
-        self.clips.append(ClipFacts(clip, stored.duration_sec, stored.num_chunks, stored.silent))
+        self.clips.append(clip)
+        self.stored.append(replace(stored, arrays=None))
         self.shapes[stored.codes.shape[1:]] += num_rows
         books = stored.codes.swapaxes(0, 1)  # [K, N, F]
         counts = [np.bincount(book.ravel(), minlength=NUM_CODES) for book in books]
         self.code_counts += np.array(counts)
 
 
-def csv_writer(file: io.TextIOBase) -> object:
-    r"""Return a csv.writer whose lines end in "\n".
+@contextmanager
+def csv_writer(path: Path) -> Iterator[object]:
+    r"""Open a CSV file on the disk for writing; gives a csv.writer whose lines end in "\n".
 
-    It gets its default line ending, "\r\n", because csv.writer of Python before 3.11.9 quotes a
-    cell with a lone "\r" only then. Readers take an unquoted "\r" for the end of the row.
+    The writer has its default line ending, "\r\n", because csv.writer of Python before 3.11.9
+    quotes a cell with a lone "\r" only then. Readers take an unquoted "\r" for the end of the row.
     """
-
-    def write_line(line: str) -> None:
-        file.write(line.removesuffix("\r\n") + "\n")
-
-    return csv.writer(SimpleNamespace(write=write_line))
-
-
-def write_csv(job: Job, totals: Totals, path: Path) -> None:
-    """Write the rows, and fill in the totals. With --whole, all tokens are in one column."""
-    whole, has_header = job.settings.whole, False
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv_writer(file)
-        for clip, stored, rows in rows_of(job):
-            totals.add(clip, stored, len(rows))
-            for cells, codes in rows:
-                if not has_header:
-                    names = ["tokens"] if whole else [f"token_{i}" for i in range(codes.size)]
-                    writer.writerow([*cells, *names])
-                    has_header = True
-                tokens = codes.ravel().tolist()
-                if whole:
-                    tokens = [" ".join(map(str, tokens))]
-                writer.writerow([*cells.values(), *tokens])
+
+        def write_line(line: str) -> None:
+            file.write(line.removesuffix("\r\n") + "\n")
+
+        yield csv.writer(SimpleNamespace(write=write_line))
         file.flush()
         os.fsync(file.fileno())
 
 
+def write_csv(job: Job, totals: Totals, path: Path) -> None:
+    """Write the rows, and count them in `totals`. With --whole, all tokens are in one column."""
+    whole = job.settings.whole
+    with csv_writer(path) as writer:
+        for clip, stored, rows in rows_of(job):
+            if not totals.clips:  # the first one: the header comes before it
+                cells, codes = rows[0]
+                names = ["tokens"] if whole else [f"token_{i}" for i in range(codes.size)]
+                writer.writerow([*cells, *names])
+            totals.add(clip, stored, len(rows))
+            for cells, codes in rows:
+                tokens = codes.ravel().tolist()
+                if whole:
+                    tokens = [" ".join(map(str, tokens))]
+                writer.writerow([*cells.values(), *tokens])
+
+
 def write_failures(job: Job, _: Totals, path: Path) -> None:
     """Write the failed clips and their reasons."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv_writer(file)
+    with csv_writer(path) as writer:
         writer.writerow(["fname", "error"])
         for clip in job.dataset.clips:
             if clip.error:
@@ -2231,22 +2227,22 @@ def write_parquet(job: Job, _: Totals, path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
-    kinds = {}
+    kinds = {}  # further column -> type of its cells
     for name in job.dataset.clips[0].extra:
         kinds[name] = column_type([clip.extra[name] for clip in job.dataset.clips])
     types = {int: pa.int64(), float: pa.float64(), str: pa.string()}
     types[np.ndarray] = pa.list_(pa.uint16())
     lines = parquet_lines(job, kinds)
-    first = next(lines)
-    schema = []
-    for name, cell in first.items():
+    batch = list(islice(lines, 1000))
+    columns = []
+    for name, cell in batch[0].items():
         kind = kinds.get(name, type(cell))
-        schema.append((name, types[kind]))
-    schema = pa.schema(schema)
-    lines = chain([first], lines)
+        columns.append((name, types[kind]))
+    schema = pa.schema(columns)
     with parquet.ParquetWriter(path, schema) as writer:
-        while batch := list(islice(lines, 1000)):
+        while batch:
             writer.write_table(pa.Table.from_pylist(batch, schema))
+            batch = list(islice(lines, 1000))
 
 
 def parquet_lines(job: Job, kinds: dict[str, type]) -> Iterator[dict[str, object]]:
@@ -2262,49 +2258,57 @@ def parquet_lines(job: Job, kinds: dict[str, type]) -> Iterator[dict[str, object
 
 def column_type(cells: list[str]) -> type:
     """Return int or float if all cells of a further column are such numbers (007 is text)."""
-    cells = set(cells) - {""}
+    filled = set(cells) - {""}
     decimal = r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][-+]?\d\d?)?"  # float64 has 15 digits
     for kind, pattern in {int: r"0|-?[1-9]\d{0,17}", float: decimal}.items():
-        if cells and all(re.fullmatch(pattern, cell) for cell in cells):
+        if filled and all(re.fullmatch(pattern, cell) for cell in filled):
             return kind
     return str
 
 
-def package_version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:  # it was copied here without its metadata
-        return "unknown"
+def machine_name(device: str) -> str:
+    if device == "cpu":
+        return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return torch.cuda.get_device_name(device)
+
+
+def package_versions() -> dict[str, str]:
+    found = {"script": __version__, "libsndfile": sf.__libsndfile_version__}
+    for name in PACKAGES:
+        if find_spec(name):
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:  # it was copied here without its metadata
+                found[name] = "unknown"
+    return found
 
 
 def summarize(job: Job, totals: Totals) -> dict[str, object]:
     """Collect what the JSON and the text summary say."""
-    clips, settings = totals.clips, job.settings
+    settings = job.settings
+    num_clips = len(totals.clips)
+    silent = [clip.fname for clip, stored in zip(totals.clips, totals.stored) if stored.silent]
     shares = totals.code_counts / totals.code_counts.sum(axis=1, keepdims=True)
     logs = np.log(np.where(shares > 0, shares, 1))
     lengths = sorted(math.prod(shape) for shape in totals.shapes.elements())
-    seconds = np.array([clip.duration_sec for clip in clips])
+    seconds = np.array([stored.duration_sec for stored in totals.stored])
+    num_chunks = [stored.num_chunks for stored in totals.stored]
     chunk_s = 0 if settings.whole else settings.target_duration
     padding = np.maximum(0, chunk_s - seconds)
-    machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    if settings.device != "cpu":
-        machine = torch.cuda.get_device_name(settings.device)
-    versions = {"script": __version__, "libsndfile": sf.__libsndfile_version__}
-    versions |= {name: package_version(name) for name in PACKAGES if find_spec(name)}
     return {
         "dataset": job.dataset.stem,
-        "total_samples_processed": len(clips),
-        "failed_clips": sum(bool(clip.error) for clip in job.dataset.clips),
+        "total_samples_processed": num_clips,
+        "failed_clips": len(job.dataset.clips) - num_clips,
         "rows": len(lengths),
-        "average_tokens_per_sample": round(sum(lengths) / len(clips), 1),
+        "average_tokens_per_sample": round(sum(lengths) / num_clips, 1),
         "tokens_per_row": {"least": lengths[0], "median": median(lengths), "most": lengths[-1]},
         "tokens_in_all": sum(lengths),
         "average_duration_sec": round(seconds.mean(), 2),
         "total_duration_sec": round(seconds.sum(), 1),
-        "average_chunks_per_clip": round(np.mean([clip.num_chunks for clip in clips]), 2),
+        "average_chunks_per_clip": round(np.mean(num_chunks), 2),
         "padded_clips": int((padding > 0).sum()),
         "total_padding_sec": round(float(padding.sum()), 1),
-        "silent_clips": [clip.clip.fname for clip in clips if clip.silent],
+        "silent_clips": silent,
         "token_shape_distribution": {str(shape): n for shape, n in totals.shapes.most_common()},
         "codes_in_use_are_counted_in": "all chunks, before they become rows",
         "codes_in_use_per_codebook": (totals.code_counts > 0).sum(axis=1).tolist(),
@@ -2314,16 +2318,14 @@ def summarize(job: Job, totals: Totals) -> dict[str, object]:
         "settings": job.made_with | {"max_duration": settings.max_duration},
         "weights_file": job.weights_file,
         "device": settings.device,
-        "machine": machine,
-        "versions": versions,
+        "machine": machine_name(settings.device),
+        "versions": package_versions(),
     }
 
 
 def write_record(job: Job, totals: Totals, path: Path) -> None:
-    """Write the JSON: what made this CSV.
-
-    It knows the size of the old and the new CSV, because a run may be killed between the renames.
-    """
+    """Write the JSON: what made this CSV."""
+    # It holds the sizes of the old and the new CSV: a run may be killed between the renames.
     new_csv = path.with_name(job.csv_path.name)  # both have temporary names in the same folder
     sizes = [file.stat().st_size for file in (new_csv, job.csv_path) if file.exists()]
     record = summarize(job, totals) | {"csv_bytes": sizes}
@@ -2340,8 +2342,9 @@ def write_summary(job: Job, totals: Totals, path: Path) -> None:
         label = name.replace("_sec", "_(s)").replace("_", " ").capitalize()
         if isinstance(fact, dict):
             items = [f"  {key}: {value}" for key, value in fact.items()]
-            more = [f"  and {len(items) - 15:,} more"] if len(items) > 15 else []
-            lines += [f"{label}:", *items[:15], *more]
+            lines += [f"{label}:", *items[:15]]
+            if len(items) > 15:
+                lines.append(f"  and {len(items) - 15:,} more")
         else:
             items = fact if isinstance(fact, list) else [fact]
             lines.append(f"{label}: {', '.join(map(str, items)) or 'none'}")
@@ -2352,14 +2355,11 @@ class Output(NamedTuple):
     """A file, or a folder, that a run writes."""
 
     path: Path
-    temporary: Path  # where it is written, in a folder of its own beside its place
+    temporary: Path  # where it is written first, in a new folder beside its place
     write: Callable[[Job, Totals, Path], None]
-    needs: str | None = None  # the package of an optional output; it may fail, the others may not
-    is_wanted: bool = True  # False: nobody asked for it, but one of an earlier run is there
+    needs: str | None = None  # the package of an optional output; if that fails, it is only noted
+    is_wanted: bool = True  # False: no flag asks for it, but one of an earlier run is there
     is_folder: bool = False
-
-
-UNFINISHED = ".unfinished-" + "[0-9a-f]" * 32  # the folders of temporary outputs, as a glob pattern
 
 
 def outputs_of(job: Job, with_failures: bool = True) -> list[Output]:
@@ -2368,6 +2368,10 @@ def outputs_of(job: Job, with_failures: bool = True) -> list[Output]:
     The CSV is written first, because the others tell what was counted on the way, and the optional
     ones last: they take no other's space. All are put in place in the reverse order, the CSV last.
     """
+    settings = job.settings
+    picture = picture_path(job)
+    usual_picture = job.output("summary", "png")
+    wants_usual_picture = settings.plot is not None and picture == usual_picture
     folder = f".unfinished-{uuid.uuid4().hex}"
 
     def output(path: Path, *others: object) -> Output:
@@ -2376,17 +2380,15 @@ def outputs_of(job: Job, with_failures: bool = True) -> list[Output]:
     outputs = [output(job.csv_path, write_csv)]
     if with_failures:
         outputs.append(output(job.output("failed", "csv"), write_failures))
-    outputs.append(output(job.output("summary", "txt"), write_summary))
-    outputs.append(output(job.output("tokenized", "json"), write_record))
-    parquet, wants_parquet = job.output("tokenized", "parquet"), job.settings.parquet
-    if wants_parquet or os.path.isfile(parquet):
-        outputs.append(output(parquet, write_parquet, "pyarrow", wants_parquet))
-    pictures = {job.output("summary", "png"): False}
-    pictures[picture_path(job)] = job.settings.plot is not None
-    for picture, is_wanted in pictures.items():
-        if is_wanted or os.path.isfile(picture):
-            outputs.append(output(picture, write_picture, "matplotlib", is_wanted))
-    return outputs
+    outputs += [
+        output(job.output("summary", "txt"), write_summary),
+        output(job.output("tokenized", "json"), write_record),
+        output(job.output("tokenized", "parquet"), write_parquet, "pyarrow", settings.parquet),
+        output(usual_picture, write_picture, "matplotlib", wants_usual_picture),
+    ]
+    if picture != usual_picture:
+        outputs.append(output(picture, write_picture, "matplotlib"))
+    return [output for output in outputs if output.is_wanted or os.path.isfile(output.path)]
 
 
 def check_outputs(job: Job) -> None:
@@ -2408,59 +2410,44 @@ def check_outputs(job: Job) -> None:
             shutil.rmtree(output.temporary.parent, ignore_errors=True)
 
 
-def write_output(output: Output, job: Job, totals: Totals) -> None:
-    """Write an output under its temporary name. Raises OSError, with a path."""
-    if not output.is_wanted and not find_spec(output.needs):
-        raise ImportError(f"{output.needs} is not installed")
-    output.temporary.parent.mkdir(parents=True, exist_ok=True)
-    output.write(job, totals, output.temporary)
-
-
-def put_in_place(output: Output) -> None:
-    """Rename an output from its temporary name. An old folder, unlike a file, has to go first."""
-    if output.is_folder and output.path.is_dir():
-        output.path.rename(output.temporary.with_name("old"))
-    output.temporary.replace(output.path)
-
-
-def succeeds(output: Output, step: Callable[..., None], *others: object) -> bool:
-    """Do a step for an output. If that fails, say so if it is optional; raise the error if not."""
-    try:
-        step(output, *others)
-        return True
-    except Exception as error:
-        if not output.needs:
-            if isinstance(error, OSError) and not error.filename:  # as errors of writing are
-                raise OSError(error.errno, error.strerror, str(output.path)) from error
-            raise
-        old = " The file is of an earlier run." if output.path.exists() else ""
-        reason = str(error) or type(error).__name__
-        say(f"note: {output.path} could not be written: {reason}.{old}")
-        return False
+def report_failure(output: Output, error: Exception) -> None:
+    """Print why an optional output could not be written. Raises the error of any other output."""
+    if not output.needs:
+        if isinstance(error, OSError) and not error.filename:  # as errors of writing are
+            raise OSError(error.errno, error.strerror, str(output.path)) from error
+        raise error
+    old = " The file is of an earlier run." if output.path.exists() else ""
+    reason = str(error) or type(error).__name__
+    say(f"note: {output.path} could not be written: {reason}.{old}")
 
 
 def write_outputs(job: Job) -> int:
-    """Write every output under a temporary name, and put them in place when all are complete.
-
-    Returns the exit status: 1 if no clip could be tokenized, or an optional output not be written.
-    """
-    clips = job.dataset.clips
-    num_failed = sum(bool(clip.error) for clip in clips)
-    if num_failed == len(clips):
-        return tell_that_all_failed(job)
-    outputs, totals = outputs_of(job, with_failures=num_failed > 0), Totals()
+    """Write all outputs, and then rename them. Returns 1 if an optional one failed, otherwise 0."""
+    num_failed = sum(bool(clip.error) for clip in job.dataset.clips)
+    outputs = outputs_of(job, with_failures=num_failed > 0)
+    totals = Totals()
+    written = []
+    status = 0
     for folder in {output.path.parent for output in outputs}:
-        remove_old(folder, UNFINISHED)
+        remove_old(folder, ".unfinished-" + "[0-9a-f]" * 32)
     try:
-        written, status = [], 0
         for output in outputs:
-            if succeeds(output, write_output, job, totals):
+            if not output.is_wanted and not find_spec(output.needs):
+                report_failure(output, ImportError(f"{output.needs} is not installed"))
+                continue
+            try:
+                output.temporary.parent.mkdir(parents=True, exist_ok=True)
+                output.write(job, totals, output.temporary)
                 written.append(output)
-            elif output.is_wanted or find_spec(output.needs):
+            except Exception as error:
+                report_failure(output, error)
                 status = 1
         refuse_to_lose_rows(job, len(totals.clips))  # another run may have finished meanwhile
         for output in reversed(written):
-            if not succeeds(output, put_in_place):
+            try:
+                put_in_place(output)
+            except Exception as error:
+                report_failure(output, error)
                 status = 1
         if not num_failed:
             job.output("failed", "csv").unlink(missing_ok=True)
@@ -2471,20 +2458,27 @@ def write_outputs(job: Job) -> int:
     return status
 
 
-def tell_that_all_failed(job: Job) -> int:
-    """Say why no clip could be tokenized; the old outputs stay. Returns the exit status."""
-    clips, failed = job.dataset.clips, job.output("failed", "csv")
+def put_in_place(output: Output) -> None:
+    """Rename an output from its temporary name. An old folder, unlike a file, has to go first."""
+    if output.is_folder and output.path.is_dir():
+        output.path.rename(output.temporary.with_name("old"))
+    output.temporary.replace(output.path)
+
+
+def tell_that_all_failed(job: Job) -> None:
+    """Say why no clip could be tokenized. The old outputs stay."""
+    clips = job.dataset.clips
     more = f"{job.csv_path} stays as it is"
     if not job.csv_path.exists():
+        failed = job.output("failed", "csv")
         write_failures(job, Totals(), failed)
         more = f"all reasons: {failed}"
     reason = f"{clips[0].fname}: {clips[0].error}"
     say(f"error: none of {counted(len(clips), 'clip')} could be tokenized. {reason}; {more}")
-    return 1
 
 
 def tell_what_was_done(job: Job, totals: Totals) -> None:
-    num_done, num_rows = len(totals.clips), totals.shapes.total()
+    num_done = len(totals.clips)
     num_failed = len(job.dataset.clips) - num_done
     encoded = {clip.name for clip in job.dataset.clips if clip.encoded_s}
     num_new = sum(clip.name in encoded for clip in job.dataset.clips)  # rows may share a name
@@ -2495,19 +2489,18 @@ def tell_what_was_done(job: Job, totals: Totals) -> None:
         f"failed{see}. Summary: {job.output('summary', 'txt')}",
         flush=True,
     )
-    averages = sum(clip.num_chunks > 1 for clip in totals.clips)
+    averages = sum(stored.num_chunks > 1 for stored in totals.stored)
     if averages and job.settings.aggregate not in DECODABLE:
         say(
-            f"note: {averages:,} of {counted(num_rows, 'row')} are averages of several chunks, "
+            f"note: {averages:,} of {counted(num_done, 'row')} are averages of several chunks, "
             "which cannot be decoded; --whole or --aggregate none keep the codes"
         )
 
 
 def remove_old(folder: Path, pattern: str, remove: Callable[[Path], None] = shutil.rmtree) -> None:
-    """Remove what killed runs have left for a day; younger things may belong to a living one.
+    """Remove what killed runs left more than a day ago. Newer things may belong to a running one.
 
-    `pattern` is a glob that only our own names fit. `remove` fails, as it must, on other kinds of
-    things: rmtree on files, unlink on folders.
+    `pattern` is a glob. `remove` fails on things of another kind: rmtree on files, for example.
     """
     for path in folder.glob(pattern):
         with suppress(OSError):
@@ -2520,40 +2513,39 @@ def remove_old(folder: Path, pattern: str, remove: Callable[[Path], None] = shut
 
 def picture_path(job: Job) -> Path:
     """Return where --plot puts the picture, by default or under its name, below --output_dir."""
-    settings, default = job.settings, job.output("summary", "png")
+    settings = job.settings
     if not settings.plot:
-        return default
+        return job.output("summary", "png")
     path = settings.output_dir / settings.plot
     if settings.dataset == "both":
         path = path.with_name(f"{path.stem}_{job.dataset.stem}{path.suffix}")
-    return path if path.suffix else path.with_suffix(".png")
+    if not path.suffix:
+        path = path.with_suffix(".png")
+    return path
 
 
 def write_picture(job: Job, totals: Totals, path: Path) -> None:
-    """Draw durations, chunks and codes in use; below, a short, a median and a long clip.
-
-    The figure is as wide as a page (7.2 in), with text of 8 pt, and PDFs hold TrueType fonts.
-    """
+    """Draw durations, chunks and codes in use; below, a short, a median and a long clip."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    names = [["durations", "chunks", "books"], ["wave 0", "wave 1", "wave 2"]]
-    if job.settings.whole:  # each clip is one chunk
-        names[0][1] = "durations"
-    names.append(["codes 0", "codes 1", "codes 2"])
-    with rc_context({"font.size": 8, "axes.titlesize": 8, "pdf.fonttype": 42}):
-        figure = Figure(figsize=(7.2, 6.4), layout="constrained")
+    top = ["durations", "chunks", "books"]
+    if job.settings.whole:  # each clip is one chunk: the panel of durations is twice as wide
+        top = ["durations", "durations", "books"]
+    mosaic = [top, ["wave 0", "wave 1", "wave 2"], ["codes 0", "codes 1", "codes 2"]]
+    with rc_context({"font.size": 8, "axes.titlesize": 8, "pdf.fonttype": 42}):  # 42: TrueType
+        figure = Figure(figsize=(7.2, 6.4), layout="constrained")  # inches: a page's width
         title = f"{job.dataset.stem}: {job.codes_dir.name}, {job.weights_file or job.weights}"
         figure.suptitle(title, parse_math=False)
-        panels = figure.subplot_mosaic(names, height_ratios=(2, 1, 2))
+        panels = figure.subplot_mosaic(mosaic, height_ratios=(2, 1, 2))
         draw_totals(job, totals, panels)
-        by_duration = sorted(totals.clips, key=lambda clip: clip.duration_sec)
+        pairs = zip(totals.clips, totals.stored)
+        by_duration = sorted(pairs, key=lambda pair: pair[1].duration_sec)
         last = len(by_duration) - 1
         # The shortest and the longest clip of many are often odd ones.
         for column, at in enumerate((int(0.1 * last), last // 2, math.ceil(0.9 * last))):
-            draw_clip(
-                job, by_duration[at].clip, panels[f"wave {column}"], panels[f"codes {column}"]
-            )
+            clip, _ = by_duration[at]
+            draw_clip(job, clip, panels[f"wave {column}"], panels[f"codes {column}"])
         what = "each as a whole" if job.settings.whole else "each with the codes of its first chunk"
         figure.supxlabel(
             f"A short, a median and a long clip, {what}.\n"
@@ -2565,14 +2557,15 @@ def write_picture(job: Job, totals: Totals, path: Path) -> None:
 
 def draw_totals(job: Job, totals: Totals, panels: dict[str, object]) -> None:
     """Draw durations, chunks, and how many of its codes each codebook uses."""
-    seconds = [clip.duration_sec for clip in totals.clips]
+    seconds = [stored.duration_sec for stored in totals.stored]
     edges = np.geomspace(0.95 * min(seconds), 1.05 * max(seconds), 41)
     draw_histogram(panels["durations"], seconds, edges, "duration of a clip (s)")
     if not job.settings.whole:
-        chunks = [clip.num_chunks for clip in totals.clips]
+        chunks = [stored.num_chunks for stored in totals.stored]
         edges = np.unique(np.geomspace(1, max(chunks) + 1, 41).round()) - 0.5
         draw_histogram(panels["chunks"], chunks, edges, "chunks of a clip")
-    facts, books = summarize(job, totals), panels["books"]
+    facts = summarize(job, totals)
+    books = panels["books"]
     books.plot(facts["codes_in_use_per_codebook"], "o", label="in use")
     books.plot(facts["perplexity_per_codebook"], "o", label="perplexity")
     books.set(xlabel="codebook", ylabel=f"of {NUM_CODES} codes", ylim=(0, None))
@@ -2593,31 +2586,34 @@ def draw_histogram(panel: object, values: list[float], edges: np.ndarray, label:
 
 def shorten(text: str, width: int) -> str:
     """Cut a long text at its beginning: the end of a path tells more."""
-    return text if len(text) <= width else "\N{HORIZONTAL ELLIPSIS}" + text[1 - width :]
+    if len(text) <= width:
+        return text
+    return "\N{HORIZONTAL ELLIPSIS}" + text[1 - width :]
 
 
-def draw_clip(job: Job, clip: Clip, wave: object, tokens: object) -> None:
+def draw_clip(job: Job, clip: Clip, wave_panel: object, codes_panel: object) -> None:
     """Draw a clip's first chunk, and below it the codes of that chunk; padding is grey."""
-    settings, stored = replace(job.settings, device="cpu"), read_codes(job.codes_dir, clip.name)
+    settings = job.settings
+    stored = read_codes(job.codes_dir, clip.name)
     chunk_s = stored.duration_sec if settings.whole else settings.target_duration
     try:
-        chunk = split_chunks(load_sound(clip.path, None, settings), settings)[1][0]
-        wave.plot(np.linspace(0, chunk_s, chunk.shape[1]), chunk[0], color="black", linewidth=0.4)
+        _, chunks = split_chunks(load_sound(clip.path, None, settings), settings)
+        samples = chunks[0][0]
+        seconds = np.linspace(0, chunk_s, len(samples))
+        wave_panel.plot(seconds, samples, color="black", linewidth=0.4)
     except (BadClip, OSError) as reason:
         say(f"note: the picture shows no waveform of {clip.fname}: {reason}")
     name = f"{shorten(clip.fname, 20)}, {stored.duration_sec:.2f} s"
-    title = f"{name}\n{shorten(clip.labels, 30)}"
-    wave.set_title(title, parse_math=False)
-    wave.set(xlim=(0, chunk_s), ylim=(-1, 1), ylabel="full scale")
+    wave_panel.set_title(f"{name}\n{shorten(clip.labels, 30)}", parse_math=False)
+    wave_panel.set(xlim=(0, chunk_s), ylim=(-1, 1), ylabel="full scale")
     codes = stored.codes[0]  # [K, F]
     extent = (0, chunk_s, len(codes) - 0.5, -0.5)
     look = {"cmap": "nipy_spectral", "vmin": 0, "vmax": NUM_CODES - 1, "interpolation": "nearest"}
-    tokens.imshow(codes, aspect="auto", extent=extent, **look)
-    tokens.set(xlabel="time (s)", ylabel="codebook")
-    for panel in (wave, tokens):
-        panel.axvspan(
-            min(stored.duration_sec, chunk_s), chunk_s, color="0.5", alpha=0.4, linewidth=0
-        )
+    codes_panel.imshow(codes, aspect="auto", extent=extent, **look)
+    codes_panel.set(xlabel="time (s)", ylabel="codebook")
+    padding = (min(stored.duration_sec, chunk_s), chunk_s)
+    for panel in (wave_panel, codes_panel):
+        panel.axvspan(*padding, color="0.5", alpha=0.4, linewidth=0)
 
 
 # ---------------------------------------------------------------------------------------------- run
@@ -2653,16 +2649,18 @@ def run(settings: Settings) -> int:
     torch.set_num_threads(1)  # for every thread: no sum depends on the number of cores
     settings = resolve_device(settings)
     datasets = find_datasets(settings)
-    path = find_weights(settings)
-    model, weights = load_model(settings, path)
-    jobs = [Job(settings, dataset, weights, path.name if path else None) for dataset in datasets]
+    weights_path = find_weights(settings)
+    model, weights = load_model(settings, weights_path)
+    weights_file = weights_path.name if weights_path else None
+    jobs = [Job(settings, dataset, weights, weights_file) for dataset in datasets]
+    clips = []
     for job in jobs:
         prepare(job)
+        clips += job.dataset.clips
     if weights == UNTRAINED:
         warning = f"WARNING: UNTRAINED WEIGHTS. {UNTRAINED_WARNING}"
         say("\n".join(["=" * len(warning), warning, "=" * len(warning)]))
     encoder = make_encoder(model, settings)
-    clips = [clip for job in jobs for clip in job.dataset.clips]
     try:
         for job in jobs:
             encode_dataset(job.dataset, job.codes_dir, encoder)
@@ -2677,7 +2675,11 @@ def run(settings: Settings) -> int:
     status = 0
     for job in jobs:
         try:
-            status = max(status, write_outputs(job))
+            if all(clip.error for clip in job.dataset.clips):
+                tell_that_all_failed(job)
+                status = max(status, 1)
+            else:
+                status = max(status, write_outputs(job))
         except UserError as refusal:  # the other dataset is written all the same
             say(f"error: {refusal}")
             status = refusal.status
@@ -2685,7 +2687,7 @@ def run(settings: Settings) -> int:
 
 
 def prepare(job: Job) -> None:
-    """Find the clips that are finished, and make sure that the others can be. Raises UserError."""
+    """Find the clips that have codes, and check that the run can finish. Raises UserError."""
     clips = job.dataset.clips
     num_gone = find_codes(job.dataset, job.codes_dir, job.settings)
     num_missing = sum(clip.error.startswith(NO_FILE) for clip in clips)
@@ -2717,13 +2719,13 @@ def interrupt(number: int, _: object) -> None:
 def main(argv: list[str] | None = None, settings: Settings | None = None) -> int:
     """Run a command line (default: the process's own), or its settings. Returns the exit status.
 
-    0: finished, failed clips are listed. 1: nothing could be tokenized, an optional output could
-    not be written, or the run broke. 2: usage, dataset or weights not found, a CSV would lose rows.
-    130, 143: interrupted.
+    0: finished. 1: no clip could be tokenized, an output could not be written, or the run broke.
+    2: the user has to change something first. 130, 143: interrupted.
     """
     settings = settings or parse_settings(argv)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which macOS reports as leaked
-    previous, num_threads = {}, torch.get_num_threads()
+    num_threads = torch.get_num_threads()
+    previous = {}
     with redirect_stdout(SafeStream(sys.stdout)), redirect_stderr(SafeStream(sys.stderr)):
         try:
             for number in (signal.SIGINT, signal.SIGTERM):

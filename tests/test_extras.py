@@ -203,8 +203,8 @@ def test_a_folder_can_be_an_output_and_is_replaced(run, root, tmp_path, monkeypa
 
     def write_folder(job, totals, path):
         path.mkdir()
-        for fact in totals.clips:
-            (path / fact.clip.fname).touch()
+        for clip in totals.clips:
+            (path / clip.fname).touch()
 
     def with_a_folder(job, **options):
         temporary = folder.with_name(".unfinished-lists") / folder.name
