@@ -16,7 +16,7 @@
 
 The file reads in the order that the data flows: command line -> dataset -> clips -> chunks ->
 weights -> codes -> store -> outputs -> run. One idea holds it together: a small .npz file per clip
-keeps the codes that EnCodec gave it, and everything else is a view of the dataset's table and these
+stores the codes that EnCodec gave it. Everything else is a view of the dataset's table and these
 files. A run encodes the clips that have no such file yet, and then writes all outputs anew. That is
 how it resumes, and how several processes share the work without talking to each other.
 """
@@ -2728,8 +2728,9 @@ def main(argv: list[str] | None = None, settings: Settings | None = None) -> int
     previous = {}
     with redirect_stdout(SafeStream(sys.stdout)), redirect_stderr(SafeStream(sys.stderr)):
         try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                previous[number] = signal.signal(number, interrupt)
+            with suppress(ValueError):  # only a program's main thread may handle signals
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    previous[number] = signal.signal(number, interrupt)
             return run_and_report(settings)
         except Interrupted as interrupted:
             say("interrupted")
@@ -2760,10 +2761,9 @@ def run_and_report(settings: Settings) -> int:
 
 
 def leave(status: int) -> None:
-    """End the process at once, after all output.
+    """End the process at once: PyTorch takes most of a second to tidy up.
 
-    PyTorch takes most of a second to tidy up, and threads may encode for longer. With %run the
-    process is a notebook's, which has to live on.
+    With %run the process is a notebook's, which has to live on.
     """
     if "IPython" in sys.modules:
         sys.exit(status)

@@ -255,6 +255,15 @@ def test_a_run_that_breaks_leaves_no_group_at_work(run, make_dataset, sound, mon
     assert threading.enumerate() == threads
 
 
+@pytest.mark.usefixtures("ready_made_codes")
+def test_a_run_may_be_started_from_any_thread(run, make_dataset, sound):
+    root, done = make_dataset({"a.wav": (sound(0.3), 44_100)}), []
+    thread = threading.Thread(target=lambda: done.append(run("--input_dir", root)))
+    thread.start()
+    thread.join()
+    assert done[0][0] == 0, done[0][2]
+
+
 PROBE = """
 import multiprocessing, os, socket, sys
 
