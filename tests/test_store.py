@@ -464,12 +464,12 @@ def test_a_disk_that_only_appends_keeps_codes(stored, folder, monkeypatch):
 
     def append_only(file, mode="r", *args, **kwargs):
         if "w" not in mode:
-            return io_open(file, mode, *args, **kwargs)
+            return path_open(file, mode, *args, **kwargs)
         opened = AppendOnly(file, mode)
         writes.append(file)
         return opened
 
-    io_open = io.open
-    monkeypatch.setattr(io, "open", append_only)
+    path_open = Path.open
+    monkeypatch.setattr(Path, "open", append_only)
     write_codes(folder, "a.wav", stored)
     assert read_codes(folder, "a.wav") == stored and len(writes) == 1
