@@ -1521,6 +1521,13 @@ class GpuEncoder(Encoder):
     fixed_shapes = True
     pieces_at_once = 16
 
+    def __init__(self, model: EncodecModel, settings: Settings) -> None:
+        # For the whole process: exact sums, and the same ones each time.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+        super().__init__(model, settings)
+
     def start_convolving(self, pool: ThreadPoolExecutor, segments: list[torch.Tensor]) -> list:
         return segments  # `convolved` does all the work
 
@@ -1560,7 +1567,10 @@ def make_encoder(model: EncodecModel, settings: Settings) -> Encoder:
 
 
 def load_encoder(settings: Settings) -> Encoder:
-    """Find, load and set up the weights, for `tokenize` and `decode`. Raises UserError."""
+    """Find, load and set up the weights, for `tokenize` and `decode`. Raises UserError.
+
+    For a GPU, it turns TF32 off and cuDNN's deterministic algorithms on, for the whole process.
+    """
     settings = resolve_device(settings)
     model, weights = load_model(settings, find_weights(settings))
     if weights == UNTRAINED:

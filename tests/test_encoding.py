@@ -152,6 +152,15 @@ def test_a_gpus_encoder_gives_the_same_codes_alone_and_in_company(name, encoder,
         assert np.array_equal(codes, codes_alone) and latents.equal(latents_alone)
 
 
+def test_a_gpus_sums_are_exact_and_the_same_each_time(weights):
+    """PyTorch turns TF32 on for cuDNN's convolutions."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = True, True, False
+    settings = settings_of("encodec_24khz")
+    GpuEncoder(load_model(settings, weights("encodec_24khz"))[0], settings)
+    assert not matmul.allow_tf32 and not cudnn.allow_tf32 and cudnn.deterministic
+
+
 def test_few_shapes_reach_a_gpu(on_gpu, monkeypatch):
     """200 clips of 200 lengths, with five numbers of samples behind their last whole frame."""
     shapes, encoder = {"convolutions": set(), "lstm": set()}, on_gpu("encodec_24khz")
